@@ -1,0 +1,311 @@
+#include "csr_linear.h"
+
+#include "panels.h"
+
+namespace sparsekit {
+namespace {
+
+constexpr int64_t kTileBytes = 32 << 10;   // the piece of a panel that should stay in L1
+constexpr int64_t kPackedBytes = 16 << 20;  // activations packed at a time
+
+double pack_cost(int64_t samples, int64_t features) { return 0.1 * double(samples) * double(features); }
+double product_cost(int64_t nnz, int64_t samples) { return double(nnz) * (0.4 + 0.012 * double(samples)); }
+
+// Samples packed together; a whole number of panels.
+template <class T>
+int64_t samples_at_once(int64_t features, int64_t lines) {
+  const int64_t panel = lines * kLanes<T>;
+  return std::max<int64_t>(1, kPackedBytes / (int64_t(sizeof(T)) * panel * std::max<int64_t>(features, 1))) * panel;
+}
+
+// y[samples, rows] = panels x survivors, for one panel and the rows of a span.
+template <class T>
+struct PanelProduct {
+  const Panels<T>& panels;
+  Lists lists;
+  const T* values;
+  const T* bias;
+  Matrix y;
+
+  void run(int64_t i, Span rows) const {
+    if (rows.begin >= rows.end) return;
+    const int64_t width = panels.width_of(i);
+    const int64_t tile_features = std::max<int64_t>(1, kTileBytes / (width * int64_t(sizeof(T))));
+    const int64_t tiles = (panels.features + tile_features - 1) / tile_features;
+    const int64_t survivors = lists.crow[rows.end] - lists.crow[rows.begin];
+    // With few survivors per row and tile, reloading partial sums costs more than L1 hits save.
+    const bool tiled = tiles > 1 && survivors >= 6 * tiles * (rows.end - rows.begin);
+    const int64_t block = tiled ? 256 : 64;
+    T* tile = Workspace::mine().get<T>(Workspace::kTile, block * width);
+    int32_t* cursors = Workspace::mine().get<int32_t>(Workspace::kCursor, 2 * block);
+    for (int64_t r = rows.begin; r < rows.end; r += block) {
+      const int64_t count = std::min(block, rows.end - r);
+      Product<T> p{panels.panel(i), lists.index, false, values, lists.crow + r, lists.crow + r + 1,
+                   count, bias ? bias + r : nullptr, false, tile, width};
+      if (tiled) {
+        for (int64_t t = 0; t < tiles; ++t) {
+          int32_t* next = cursors + (t % 2) * block;
+          kernels<T>().advance(lists.index, int32_t(lists.nnz), p.begin, lists.crow + r + 1, next, count,
+                               int32_t((t + 1) * tile_features));
+          p.end = next;
+          kernels<T>().product(p, int(panels.lines_of(i)));
+          p.begin = next;
+          p.accumulate = true;
+        }
+      } else {
+        kernels<T>().product(p, int(panels.lines_of(i)));
+      }
+      panels.each_line(i, [&](int64_t sample, int64_t line, int64_t lanes) {
+        kernels<T>().unpack[y.storage](
+            {tile + line * kLanes<T>, width, y.at(sample, r), y.sample_stride, y.feature_stride, lanes, count});
+      });
+    }
+  }
+
+  // This part's share: whole panels when they divide evenly, else a share of the rows of every panel.
+  void run_part(int64_t parts, int64_t part) const {
+    const int64_t splits = panels.count % parts == 0 ? 1 : parts;
+    const Span items = cut(panels.count * splits, parts, part);
+    for (int64_t item = items.begin; item < items.end; ++item)
+      run(item / splits, cut_rows(lists.crow, lists.rows, splits, item % splits, kLanes<T>));
+  }
+};
+
+// dvalues (+)= dyT x at the survivors [first, last).
+template <class T>
+void sddmm_span(const Panels<T>& dy, const Panels<T>& x, const Lists& lists, Span span, bool accumulate, T* dvalues) {
+  if (span.begin >= span.end) return;
+  const int32_t* crow = lists.crow;
+  const int64_t row = std::upper_bound(crow, crow + lists.rows + 1, int32_t(span.begin)) - crow - 1;
+  const int64_t row_end = std::lower_bound(crow, crow + lists.rows + 1, int32_t(span.end)) - crow;
+  for (int64_t i = 0; i < x.count; ++i) {
+    const int64_t width = x.width_of(i);
+    kernels<T>().sddmm({x.panel(i), lists.index, false, dy.panel(i) + row * width, width, crow + row, crow + row + 1,
+                        row_end - row, int32_t(span.begin), int32_t(span.end), accumulate || i > 0, dvalues},
+                       int(x.lines_of(i)));
+  }
+}
+
+template <class T>
+void bias_gradient(const Panels<T>& dy, Span rows, bool accumulate, T* dbias) {
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    T total = accumulate ? dbias[r] : T(0);
+    for (int64_t i = 0; i < dy.count; ++i) {
+      const int64_t width = dy.width_of(i);
+      total += kernels<T>().sum(dy.panel(i) + r * width, width);
+    }
+    dbias[r] = total;
+  }
+}
+
+// One sample needs no packing: rows are plain dot products.
+template <class T>
+void single(const Matrix& x, const Lists& lists, const T* values, const T* bias, const Matrix& y) {
+  const T* row = reinterpret_cast<const T*>(x.data);
+  if (x.storage != kNative || x.feature_stride != 1) {
+    T* copy = Workspace::mine().get<T>(Workspace::kX, x.features);
+    kernels<T>().load[x.storage](copy, x.data, x.feature_stride, x.features);
+    row = copy;
+  }
+  T* out = y.storage == kNative ? reinterpret_cast<T*>(y.data) : Workspace::mine().get<T>(Workspace::kStage, lists.rows);
+  const int64_t parts = parts_for(0.35 * double(lists.nnz));
+  for_parts(parts, [&](int64_t part) {
+    const Span rows = cut_rows(lists.crow, lists.rows, parts, part, kLanes<T>);
+    if (rows.begin >= rows.end) return;
+    kernels<T>().dot({row, lists.index, false, values, lists.crow + rows.begin, lists.crow + rows.begin + 1,
+                      rows.end - rows.begin, bias ? bias + rows.begin : nullptr, false, out + rows.begin, 1});
+  });
+  if (y.storage != kNative) kernels<T>().store[y.storage](y.data, 1, out, lists.rows);
+}
+
+// values[perm[p]] as T, a share of the survivors at a time.
+template <class T>
+struct Permuted {
+  const Tensor& values;
+  const int32_t* perm;
+  T* data;
+  Permuted(const Tensor& values, const int32_t* perm, int64_t nnz)
+      : values(values), perm(perm), data(Workspace::mine().get<T>(Workspace::kTable, nnz)) {}
+  void fill_part(int64_t nnz, int64_t parts, int64_t part) const {
+    const Span span = cut(nnz, parts, part, 16);
+    kernels<T>().gather[storage_of(values.scalar_type())](data + span.begin, values.const_data_ptr(),
+                                                          perm + span.begin, span.end - span.begin);
+  }
+};
+
+// y = x W^T + bias over the survivors listed by output; perm, if any, says where their values are.
+template <class T>
+Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists, const int32_t* perm, const T* bias) {
+  const Matrix x(x_tensor);
+  Tensor out = new_empty<int64_t>(x_tensor, {x.samples, lists.rows});
+  if (x.samples == 0 || lists.rows == 0) return out;
+  const Matrix y(out);
+  std::optional<Permuted<T>> permuted;
+  if (perm) permuted.emplace(values, perm, lists.nnz);
+  const T* v = perm ? permuted->data : values_as<T>(values);
+  if (x.samples == 1) {
+    if (perm) permuted->fill_part(lists.nnz, 1, 0);
+    single<T>(x, lists, v, bias, y);
+    Workspace::mine().trim();
+    return out;
+  }
+  const int64_t lines = Panels<T>::lines_for(x.samples), step = samples_at_once<T>(x.features, lines);
+  for (int64_t first = 0; first < x.samples; first += step) {
+    const int64_t count = std::min(step, x.samples - first);
+    const Panels<T> panels(Workspace::kX, x.features, first, count, lines);
+    const bool gather = perm && first == 0;
+    const int64_t packers = parts_for(pack_cost(count, x.features) + (gather ? double(lists.nnz) : 0));
+    for_parts(packers, [&](int64_t part) {
+      panels.fill_part(x, packers, part);
+      if (gather) permuted->fill_part(lists.nnz, packers, part);
+    });
+    const int64_t parts = parts_for(product_cost(lists.nnz, count));
+    const PanelProduct<T> product{panels, lists, v, bias, y};
+    for_parts(parts, [&](int64_t part) { product.run_part(parts, part); });
+  }
+  Workspace::mine().trim();
+  return out;
+}
+
+void check_activation(const char* op, const char* name, const Tensor& x, int64_t features) {
+  check_float(op, name, x);
+  STD_TORCH_CHECK(x.dim() == 2 && (features < 0 || x.size(1) == features), op, ": Expected ", name, " of shape [N, ",
+                  features < 0 ? std::string("features") : std::to_string(features), "], got ", shape_of(x));
+}
+
+void check_reach(const char* op, const char* name, const Tensor& x, const Lists& lists) {
+  const int64_t needed = largest_index(lists) + 1;
+  STD_TORCH_CHECK(needed <= x.size(1), op, ": Expected ", name, " of shape [N, ", needed,
+                  "] or more features (the weight uses feature ", needed - 1, "), got ", shape_of(x));
+}
+
+void check_values(const char* op, const Tensor& values, const Tensor& x, const char* x_name, const Lists& lists) {
+  check_same_dtype(op, "values", values, x_name, x);
+  check_vector(op, "values", values, lists.nnz);
+}
+
+}  // namespace
+
+Tensor csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias) {
+  constexpr const char* op = "csr_linear";
+  check_activation(op, "x", x, -1);
+  const Lists lists = check_lists(op, "crow_indices", crow, "col_indices", col);
+  check_values(op, values, x, "x", lists);
+  check_reach(op, "x", x, lists);
+  return with_compute_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<T> copy;
+    return multiply<T>(x, values, lists, nullptr, bias_as<T>(op, bias, x, lists.rows, copy));
+  });
+}
+
+Tensor csr_linear_t(Tensor dy, Tensor values, Tensor t_crow, Tensor t_row, Tensor t_perm) {
+  constexpr const char* op = "csr_linear_t";
+  check_activation(op, "dy", dy, -1);
+  const Lists lists = check_lists(op, "t_crow", t_crow, "t_row", t_row);
+  check_values(op, values, dy, "dy", lists);
+  check_reach(op, "dy", dy, lists);
+  const int32_t* perm = check_index(op, "t_perm", t_perm);
+  check_vector(op, "t_perm", t_perm, lists.nnz);
+  return with_compute_type(dy, [&](auto zero) {
+    using T = decltype(zero);
+    return multiply<T>(dy, values, lists, perm, static_cast<const T*>(nullptr));
+  });
+}
+
+namespace {
+
+struct Needs {
+  bool dx, dvalues, dbias;
+};
+
+// Everything a training step needs from dy, packing dy and x once.
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tensor& x_tensor, const Tensor* values,
+                                             const Lists& lists, const Lists& t_lists, const int32_t* perm,
+                                             Needs need) {
+  const Matrix dy(dy_tensor), x(x_tensor);
+  const int64_t samples = dy.samples;
+  Tensor dx = new_empty<int64_t>(x_tensor, {need.dx ? samples : 0, need.dx ? x.features : 0});
+  if (!need.dx) dx = new_empty<int64_t>(x_tensor, {0});
+  Result<T> dvalues(new_empty<int64_t>(x_tensor, {need.dvalues ? lists.nnz : 0}), Workspace::kGrad);
+  Result<T> dbias(new_empty<int64_t>(dy_tensor, {need.dbias ? dy.features : 0}), Workspace::kStage);
+  if (samples == 0) {
+    if (need.dvalues) std::fill_n(dvalues.data(), lists.nnz, T(0));
+    if (need.dbias) std::fill_n(dbias.data(), dy.features, T(0));
+    return {dx, dvalues.finish(), dbias.finish()};
+  }
+  std::optional<Permuted<T>> permuted;
+  if (need.dx) permuted.emplace(*values, perm, t_lists.nnz);
+  std::optional<Matrix> dx_matrix;
+  if (need.dx && x.features > 0) dx_matrix.emplace(dx);
+
+  const int64_t lines = Panels<T>::lines_for(samples);
+  const int64_t step = samples_at_once<T>(std::max(x.features, dy.features), lines);
+  for (int64_t first = 0; first < samples; first += step) {
+    const int64_t count = std::min(step, samples - first);
+    const Panels<T> dy_panels(Workspace::kDy, dy.features, first, count, lines);
+    const Panels<T> x_panels(Workspace::kX, need.dvalues ? x.features : 0, first, count, lines);
+    const bool gather = need.dx && first == 0;
+    const int64_t packers = parts_for(pack_cost(count, dy.features + x_panels.features) + (gather ? double(lists.nnz) : 0));
+    for_parts(packers, [&](int64_t part) {
+      dy_panels.fill_part(dy, packers, part);
+      if (need.dvalues) x_panels.fill_part(x, packers, part);
+      if (gather) permuted->fill_part(t_lists.nnz, packers, part);
+    });
+    const double products = double(need.dx) + double(need.dvalues);
+    const int64_t parts = parts_for(products * product_cost(lists.nnz, count) + 0.05 * double(dy.features * count));
+    for_parts(parts, [&](int64_t part) {
+      if (dx_matrix) PanelProduct<T>{dy_panels, t_lists, permuted->data, nullptr, *dx_matrix}.run_part(parts, part);
+      if (need.dvalues)
+        sddmm_span(dy_panels, x_panels, lists, cut(lists.nnz, parts, part, kLanes<T>), first > 0, dvalues.data());
+      if (need.dbias) bias_gradient(dy_panels, cut(dy.features, parts, part), first > 0, dbias.data());
+    });
+  }
+  std::tuple<Tensor, Tensor, Tensor> result{dx, dvalues.finish(), dbias.finish()};
+  Workspace::mine().trim();
+  return result;
+}
+
+void check_pair(const char* op, const Tensor& dy, const Tensor& x, const Lists& lists) {
+  check_activation(op, "dy", dy, lists.rows);
+  check_activation(op, "x", x, -1);
+  check_same_dtype(op, "dy", dy, "x", x);
+  STD_TORCH_CHECK(dy.size(0) == x.size(0), op, ": Expected dy and x of the same batch size, got ", shape_of(dy),
+                  " and ", shape_of(x));
+  check_reach(op, "x", x, lists);
+}
+
+}  // namespace
+
+Tensor csr_sddmm(Tensor dy, Tensor x, Tensor crow, Tensor col) {
+  constexpr const char* op = "csr_sddmm";
+  const Lists lists = check_lists(op, "crow_indices", crow, "col_indices", col);
+  check_pair(op, dy, x, lists);
+  return with_compute_type(x, [&](auto zero) {
+    return std::get<1>(gradients<decltype(zero)>(dy, x, nullptr, lists, Lists{}, nullptr, {false, true, false}));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> csr_linear_backward(Tensor dy, Tensor x, Tensor values, Tensor crow, Tensor col,
+                                                       Tensor t_crow, Tensor t_row, Tensor t_perm, bool need_dx,
+                                                       bool need_dvalues, bool need_dbias) {
+  constexpr const char* op = "csr_linear_backward";
+  const Lists lists = check_lists(op, "crow_indices", crow, "col_indices", col);
+  check_pair(op, dy, x, lists);
+  check_values(op, values, x, "x", lists);
+  Lists t_lists{};
+  const int32_t* perm = nullptr;
+  if (need_dx) {
+    t_lists = check_lists(op, "t_crow", t_crow, "t_row", t_row);
+    check_activation(op, "x", x, t_lists.rows);
+    check_reach(op, "dy", dy, t_lists);
+    perm = check_index(op, "t_perm", t_perm);
+    check_vector(op, "t_perm", t_perm, lists.nnz);
+  }
+  return with_compute_type(x, [&](auto zero) {
+    return gradients<decltype(zero)>(dy, x, &values, lists, t_lists, perm, {need_dx, need_dvalues, need_dbias});
+  });
+}
+
+}  // namespace sparsekit

@@ -1,0 +1,90 @@
+// The seam between drivers (which know torch) and micro-kernels (which know one instruction set).
+//
+// This header is included by translation units that are compiled several times with different
+// instruction-set flags. It must therefore contain plain data only: no std or torch header and no inline
+// function, or the linker could keep the AVX-512 copy of something that everybody calls.
+#pragma once
+#include <stdint.h>
+
+namespace sparsekit {
+
+// Activations are packed so that one 64-byte line holds the same feature of kLanes samples.
+template <class T>
+constexpr int kLanes = 64 / sizeof(T);
+
+// How an element is stored in a user's tensor. Arithmetic is always in T (float or double).
+enum Storage { kNative = 0, kBFloat16 = 1, kHalf = 2 };
+
+// Y[row][0 .. lines) (+)= sum over p in [begin[row], end[row]) of values[p] * base[offset(index[p])]
+template <class T>
+struct Product {
+  const T* base;         // the dense operand
+  const int32_t* index;  // per survivor: a row of a packed panel, or an element offset into base
+  bool index_is_offset;  // otherwise offset = index * lines * kLanes
+  const T* values;
+  const int32_t* begin;  // per row, relative to the first row of this call
+  const int32_t* end;
+  int64_t rows;
+  const T* bias;    // per row, or null
+  bool accumulate;  // continue from what y holds instead of starting from bias
+  T* y;
+  int64_t y_stride;
+};
+
+// dvalues[p] (+)= sum over q of dy[row][q] * base[offset(index[p]) + q]
+template <class T>
+struct Sddmm {
+  const T* base;
+  const int32_t* index;
+  bool index_is_offset;
+  const T* dy;
+  int64_t dy_stride;
+  const int32_t* begin;
+  const int32_t* end;
+  int64_t rows;
+  int32_t first, last;  // only survivors in [first, last) belong to this call
+  bool accumulate;
+  T* dvalues;
+};
+
+// A 2-D piece of a tensor: `lanes` (at most kLanes) samples by `count` elements.
+// Packed side: element j of all samples is one line at packed + j * packed_stride.
+// Tensor side: element j of sample i is at tensor + i * lane_stride + j * step.
+template <class T>
+struct Transfer {
+  T* packed;
+  int64_t packed_stride;
+  void* tensor;
+  int64_t lane_stride, step;
+  int64_t lanes, count;
+};
+
+template <class T>
+struct Kernels {
+  int max_lines;    // widest product/sddmm, in lines
+  int panel_lines;  // best panel width for a large batch, in lines
+
+  void (*product)(const Product<T>&, int lines);
+  void (*sddmm)(const Sddmm<T>&, int lines);
+  // y[row] = bias[row] + sum values[p] * x[index[p]]
+  void (*dot)(const Product<T>&);
+  // cursor_out[row] = first p >= cursor[row] with p == end[row] or index[p] >= limit
+  void (*advance)(const int32_t* index, int32_t total, const int32_t* cursor, const int32_t* end,
+                  int32_t* cursor_out, int64_t rows, int32_t limit);
+  T (*sum)(const T*, int64_t count);
+
+  // Indexed by Storage.
+  void (*pack[3])(const Transfer<T>&);    // unused lanes become zero
+  void (*unpack[3])(const Transfer<T>&);  // unused lanes are not written
+  void (*load[3])(T* to, const void* from, int64_t step, int64_t count);
+  void (*store[3])(void* to, int64_t step, const T* from, int64_t count);
+  void (*gather[3])(T* to, const void* from, const int32_t* which, int64_t count);
+};
+
+struct Isa {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+}  // namespace sparsekit

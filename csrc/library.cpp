@@ -1,0 +1,43 @@
+// Schemas and registration. The strings come from sparsekit/schemas.py, through the build.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/csr_conv2d.h"
+#include "cpu/csr_linear.h"
+#include "sparsekit_schemas.h"
+
+namespace sparsekit {
+namespace {
+
+std::string build_info() {
+  const std::string quote = "\"";
+  return "{\"version\": " + quote + SPARSEKIT_VERSION + "\", \"schemas\": " + quote + SPARSEKIT_SCHEMA_HASH +
+         "\", \"compiler\": " + quote + SPARSEKIT_COMPILER + "\", \"isa\": " + compiled_isas() +
+         ", \"active_isa\": " + quote + active_isa().name + "\", \"cuda\": " +
+#if defined(SPARSEKIT_CUDA)
+         "true}";
+#else
+         "false}";
+#endif
+}
+
+}  // namespace
+}  // namespace sparsekit
+
+STABLE_TORCH_LIBRARY(sparsekit, m) {
+  for (const char* schema : sparsekit::kSchemas) m.def(schema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekit, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&sparsekit::build_info));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
+  m.impl("csr_linear", TORCH_BOX(&sparsekit::csr_linear));
+  m.impl("csr_linear_t", TORCH_BOX(&sparsekit::csr_linear_t));
+  m.impl("csr_sddmm", TORCH_BOX(&sparsekit::csr_sddmm));
+  m.impl("csr_linear_backward", TORCH_BOX(&sparsekit::csr_linear_backward));
+  m.impl("csr_conv2d", TORCH_BOX(&sparsekit::csr_conv2d));
+  m.impl("csr_conv2d_t", TORCH_BOX(&sparsekit::csr_conv2d_t));
+  m.impl("csr_conv2d_sddmm", TORCH_BOX(&sparsekit::csr_conv2d_sddmm));
+  m.impl("csr_conv2d_backward", TORCH_BOX(&sparsekit::csr_conv2d_backward));
+}

@@ -1,0 +1,112 @@
+"""``compact``: dead output and input units cut out, a smaller dense product on what is left.
+
+``values [R, C, kh, kw]`` over the live ``rows`` and ``cols`` (int64); ``mask`` marks the survivors
+inside when there are holes. Outputs of dead rows are the bias.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sparsekit.format import Format
+
+
+from ..reference import conv2d_backward
+
+
+class Compact(Format):
+    name = "compact"
+    index_names = ("rows", "cols", "mask")
+    optional_names = ("mask",)
+
+    def index(self, mask):
+        live = mask.flatten(2) if mask.dim() > 2 else mask.unsqueeze(2)
+        index = {"rows": live.any(2).any(1).nonzero().flatten(), "cols": live.any(2).any(0).nonzero().flatten()}
+        inner = mask[index["rows"]][:, index["cols"]]
+        return index if bool(inner.all()) else index | {"mask": inner}
+
+    def survivors(self, index, shape):
+        full = torch.zeros(shape, dtype=torch.bool, device=index["rows"].device)
+        full[index["rows"][:, None], index["cols"]] = index.get("mask", torch.ones((), dtype=torch.bool))
+        return full
+
+    def gather(self, weight, index):
+        inner = weight[index["rows"]][:, index["cols"]]
+        return inner if index.get("mask") is None else torch.where(index["mask"], inner, inner.new_zeros(()))
+
+    def scatter(self, values, index, shape):
+        if index.get("mask") is not None:
+            values = values * index["mask"]  # makes the gradient at holes exactly 0
+        return values.new_zeros(shape).index_put((index["rows"][:, None], index["cols"]), values)
+
+    def check(self, values, index, shape):
+        for name, extent in (("rows", shape[0]), ("cols", shape[1])):
+            live = index[name]
+            if live.dim() != 1 or live.dtype != torch.int64 or not _ascends(live, extent):
+                return f"{name} as ascending int64 indices below {extent}, got {live.dtype} {list(live.shape)}"
+        inner = (index["rows"].numel(), index["cols"].numel(), *shape[2:])
+        mask = index.get("mask")
+        if values.shape != inner or (mask is not None and (mask.shape != inner or mask.dtype != torch.bool)):
+            return f"values of shape {list(inner)} and a bool mask like it, got {list(values.shape)}"
+        return None
+
+    def unsupported(self, mask, groups=1):
+        if groups != 1:
+            return "grouped convolution"
+        if not bool(mask.any()):
+            return "no survivor"
+        live = mask.flatten(2) if mask.dim() > 2 else mask.unsqueeze(2)
+        if bool(live.any(2).any(1).all()) and bool(live.any(2).any(0).all()):
+            return "no dead input or output unit"
+        return None
+
+    def linear(self, x, values, bias, index, shape):
+        rows, cols = index[0], index[1]
+        y = F.linear(x.index_select(1, cols), values, None if bias is None else bias.index_select(0, rows))
+        return _spread(y, bias, rows, shape[0])
+
+    def linear_t(self, dy, values, index, shape):
+        dx = dy.index_select(1, index[0]) @ values
+        return dx.new_zeros(dy.shape[0], shape[1]).index_copy_(1, index[1], dx)
+
+    def sddmm(self, dy, x, index, shape):
+        grad = dy.index_select(1, index[0]).t() @ x.index_select(1, index[1])
+        return grad if index[2] is None else grad.mul_(index[2])
+
+    def conv2d(self, x, values, bias, index, shape, conv):
+        rows, cols = index[0], index[1]
+        y = F.conv2d(x.index_select(1, cols), values, None if bias is None else bias.index_select(0, rows), *conv)
+        return _spread(y, bias, rows, shape[0])
+
+    def conv2d_t(self, dy, values, index, shape, conv, size):
+        dy = dy.index_select(1, index[0])
+        x = dy.new_empty(1).expand(dy.shape[0], values.shape[1], *size)
+        dx = conv2d_backward(dy, x, values, conv, (True, False, False))[0]
+        return dx.new_zeros(dx.shape[0], shape[1], *size).index_copy_(1, index[1], dx)
+
+    def conv2d_sddmm(self, dy, x, index, shape, conv):
+        x, dy = x.index_select(1, index[1]), dy.index_select(1, index[0])
+        weight = dy.new_empty(1).expand(dy.shape[1], x.shape[1], *shape[2:])
+        grad = conv2d_backward(dy, x, weight, conv, (False, True, False))[1]
+        return grad if index[2] is None else grad.mul_(index[2])
+
+
+def _spread(y: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor, out: int) -> torch.Tensor:
+    """Put the live channels of ``y [N, R, ...]`` back among ``out``; the dead ones hold their bias."""
+    if rows.numel() == out:
+        return y
+    if bias is None:
+        full = y.new_zeros(y.shape[0], out, *y.shape[2:])
+    else:
+        full = bias.view(1, -1, *[1] * (y.dim() - 2)).expand(y.shape[0], out, *y.shape[2:]).clone()
+    return full.index_copy_(1, rows, y)
+
+
+def _ascends(live: torch.Tensor, extent: int) -> bool:
+    if live.numel() == 0:
+        return True
+    return int(live[0]) >= 0 and int(live[-1]) < extent and bool((live.diff() > 0).all())
+
+
+FORMAT = Compact()

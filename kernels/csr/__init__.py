@@ -1,0 +1,72 @@
+"""``csr``: the survivors row by row, for unstructured masks.
+
+``values [nnz]``, ``crow_indices int32 [out + 1]``, ``col_indices int32 [nnz]`` over the weight viewed
+as ``[out, in * kh * kw]``; the transposed index ``t_crow, t_row, t_perm`` serves the input gradient on
+the same values.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparsekit.format import Format
+
+from . import layout
+
+_ops = torch.ops.sparsekit
+
+
+class Csr(Format):
+    name = "csr"
+    derived_names = ("t_crow", "t_row", "t_perm")
+    index_names = ("crow_indices", "col_indices", *derived_names)
+
+    def index(self, mask):
+        return layout.csr(mask)
+
+    def derive(self, index, shape):
+        return layout.transposed(index["crow_indices"], index["col_indices"], layout.columns(shape))
+
+    def survivors(self, index, shape):
+        return layout.mask(index["crow_indices"], index["col_indices"], shape)
+
+    def gather(self, weight, index):
+        return layout.gather(weight, index["crow_indices"], index["col_indices"])
+
+    def scatter(self, values, index, shape):
+        return layout.scatter(values, index["crow_indices"], index["col_indices"], shape)
+
+    def check(self, values, index, shape):
+        return layout.check(values, index["crow_indices"], index["col_indices"], shape)
+
+    def unsupported(self, mask, groups=1):
+        if int(mask.sum()) >= 2**31:
+            return "more survivors than a 32-bit index counts"
+        return None
+
+    def linear(self, x, values, bias, index, shape):
+        return _ops.csr_linear.default(x, values, index[0], index[1], bias)
+
+    def linear_t(self, dy, values, index, shape):
+        return _ops.csr_linear_t.default(dy, values, *index[2:])
+
+    def sddmm(self, dy, x, index, shape):
+        return _ops.csr_sddmm.default(dy, x, index[0], index[1])
+
+    def linear_backward(self, dy, x, values, index, shape, needs):
+        return _ops.csr_linear_backward.default(dy, x, values, *index, *needs)
+
+    def conv2d(self, x, values, bias, index, shape, conv):
+        return _ops.csr_conv2d.default(x, values, index[0], index[1], bias, shape[2:], *conv)
+
+    def conv2d_t(self, dy, values, index, shape, conv, size):
+        return _ops.csr_conv2d_t.default(dy, values, *index[2:], size, shape[2:], *conv)
+
+    def conv2d_sddmm(self, dy, x, index, shape, conv):
+        return _ops.csr_conv2d_sddmm.default(dy, x, index[0], index[1], shape[2:], *conv)
+
+    def conv2d_backward(self, dy, x, values, index, shape, conv, needs):
+        return _ops.csr_conv2d_backward.default(dy, x, values, *index, shape[2:], *conv, *needs)
+
+
+FORMAT = Csr()

@@ -1,0 +1,79 @@
+"""``dense``: the whole weight and a mask. Always a candidate, and the rival of every other format.
+
+Pruned entries of ``values`` are 0 and their gradient is exactly 0, so no optimizer moves them: the
+forward pass needs no multiplication by the mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sparsekit.format import Format
+
+from ..reference import conv2d_backward
+
+
+class _MaskedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, mask):
+        ctx.save_for_backward(mask)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return grad * mask, None
+
+
+class Dense(Format):
+    name = "dense"
+    index_names = ("mask",)
+
+    def index(self, mask):
+        return {"mask": mask.clone()}
+
+    def survivors(self, index, shape):
+        return index["mask"]
+
+    def gather(self, weight, index):
+        # Not weight * mask: a pruned Inf or NaN must become 0.
+        return torch.where(index["mask"], weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+    def scatter(self, values, index, shape):
+        return _MaskedGradient.apply(values, index["mask"])
+
+    def check(self, values, index, shape):
+        mask = index["mask"]
+        if mask.dtype != torch.bool or mask.shape != shape or values.shape != shape:
+            return f"values and a bool mask of shape {list(shape)}, got {list(values.shape)} and {list(mask.shape)}"
+        if bool((values.detach()[~mask] != 0).any()):
+            return "values that are 0 where the mask is False, got others"
+        return None
+
+    def linear(self, x, values, bias, index, shape):
+        return F.linear(x, values, bias)
+
+    def linear_t(self, dy, values, index, shape):
+        return dy @ values
+
+    def sddmm(self, dy, x, index, shape):
+        return (dy.t() @ x).mul_(index[0])
+
+    def conv2d(self, x, values, bias, index, shape, conv):
+        return F.conv2d(x, values, bias, *conv)
+
+    def conv2d_t(self, dy, values, index, shape, conv, size):
+        x = dy.new_empty(1).expand(dy.shape[0], shape[1] * conv.groups, *size)
+        return conv2d_backward(dy, x, values, conv, (True, False, False))[0]
+
+    def conv2d_sddmm(self, dy, x, index, shape, conv):
+        weight = dy.new_empty(1).expand(shape)
+        return conv2d_backward(dy, x, weight, conv, (False, True, False))[1].mul_(index[0])
+
+    def conv2d_backward(self, dy, x, values, index, shape, conv, needs):
+        dx, dvalues, dbias = conv2d_backward(dy, x, values, conv, needs)
+        return dx, dvalues.mul_(index[0]) if needs[1] else None, dbias
+
+
+FORMAT = Dense()

@@ -1,0 +1,102 @@
+"""The naive twin of every operator: make the weight dense, then let torch do it.
+
+Oracle of the tests, and the implementation wherever no native kernel is registered (another device,
+or an installation without a compiler).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def csr_dense(values: Tensor, crow_indices: Tensor, col_indices: Tensor, cols: int) -> Tensor:
+    """``[out, cols]`` from CSR parts."""
+    rows = crow_indices.numel() - 1
+    row = torch.repeat_interleave(crow_indices.diff().long(), output_size=values.numel())
+    return values.new_zeros(rows, cols).index_put((row, col_indices.long()), values)
+
+
+def csc_dense(values: Tensor, t_crow: Tensor, t_row: Tensor, t_perm: Tensor, rows: int) -> Tensor:
+    """``[rows, in]`` from the transposed index over the same values."""
+    return csr_dense(values[t_perm.long()], t_crow, t_row, rows).t()
+
+
+def sample(dense: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    """``dense [out, in]`` at the survivors, ``[nnz]``."""
+    row = torch.repeat_interleave(crow_indices.diff().long(), output_size=col_indices.numel())
+    return dense[row, col_indices.long()]
+
+
+def csr_linear(x, values, crow_indices, col_indices, bias):
+    return F.linear(x, csr_dense(values, crow_indices, col_indices, x.shape[1]), bias)
+
+
+def csr_linear_t(dy, values, t_crow, t_row, t_perm):
+    return dy @ csc_dense(values, t_crow, t_row, t_perm, dy.shape[1])
+
+
+def csr_sddmm(dy, x, crow_indices, col_indices):
+    return sample(dy.t() @ x, crow_indices, col_indices)
+
+
+def csr_linear_backward(
+    dy, x, values, crow_indices, col_indices, t_crow, t_row, t_perm, need_dx, need_dvalues, need_dbias
+):
+    empty = dy.new_empty(0)
+    return (
+        csr_linear_t(dy, values, t_crow, t_row, t_perm) if need_dx else empty,
+        csr_sddmm(dy, x, crow_indices, col_indices) if need_dvalues else empty.clone(),
+        dy.sum(0) if need_dbias else empty.clone(),
+    )
+
+
+def _conv_weight(dense: Tensor, in_channels: int, kernel_size: list[int], groups: int) -> Tensor:
+    return dense.reshape(dense.shape[0], in_channels // groups, *kernel_size)
+
+
+def csr_conv2d(
+    x, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups
+):
+    cols = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    weight = _conv_weight(csr_dense(values, crow_indices, col_indices, cols), x.shape[1], kernel_size, groups)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()
+
+
+def csr_conv2d_t(
+    dy, values, t_crow, t_row, t_perm, input_size, kernel_size, stride, padding, dilation, groups
+):
+    weight = csc_dense(values, t_crow, t_row, t_perm, dy.shape[1])
+    channels = weight.shape[1] // (kernel_size[0] * kernel_size[1]) * groups
+    weight = _conv_weight(weight, channels, kernel_size, groups)
+    shape = (dy.shape[0], channels, *input_size)
+    return torch.nn.grad.conv2d_input(shape, weight, dy, stride, padding, dilation, groups).contiguous()
+
+
+def csr_conv2d_sddmm(
+    dy, x, crow_indices, col_indices, kernel_size, stride, padding, dilation, groups
+):
+    shape = (dy.shape[1], x.shape[1] // groups, *kernel_size)
+    grad = torch.nn.grad.conv2d_weight(x, shape, dy, stride, padding, dilation, groups)
+    return sample(grad.flatten(1), crow_indices, col_indices)
+
+
+def csr_conv2d_backward(
+    dy, x, values, crow_indices, col_indices, t_crow, t_row, t_perm,
+    kernel_size, stride, padding, dilation, groups, need_dx, need_dvalues, need_dbias,
+):  # fmt: skip
+    empty = dy.new_empty(0)
+    conv = (kernel_size, stride, padding, dilation, groups)
+    return (
+        csr_conv2d_t(dy, values, t_crow, t_row, t_perm, x.shape[2:], *conv) if need_dx else empty,
+        csr_conv2d_sddmm(dy, x, crow_indices, col_indices, *conv) if need_dvalues else empty.clone(),
+        dy.sum((0, 2, 3)) if need_dbias else empty.clone(),
+    )
+
+
+def conv2d_backward(dy, x, weight, conv, needs):
+    """Gradients of a dense convolution's input, weight and bias, each only where ``needs`` says so."""
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, [weight.shape[0]], conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups, needs
+    )

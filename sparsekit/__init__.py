@@ -1,0 +1,37 @@
+"""sparsekit: sparse kernels for PyTorch, so that pruned networks and lottery tickets really run faster."""
+
+from . import ops as _ops
+from ._version import __version__ as __version__
+from .export import load as load
+from .export import save as save
+from .functional import sparse_conv2d as sparse_conv2d
+from .functional import sparse_linear as sparse_linear
+from .nn import SparseConv2d as SparseConv2d
+from .nn import SparseLinear as SparseLinear
+from .nn import convert as convert
+from .nn import masks_of as masks_of
+from .nn import to_dense as to_dense
+from .pattern import Pattern as Pattern
+from .plan import explain as explain
+from .prune import criterion as criterion
+from .prune import prunable as prunable
+from .prune import prune as prune
+from .ticket import tickets as tickets
+
+__all__ = [
+    "Pattern",
+    "SparseConv2d",
+    "SparseLinear",
+    "convert",
+    "criterion",
+    "explain",
+    "load",
+    "masks_of",
+    "prunable",
+    "prune",
+    "save",
+    "sparse_conv2d",
+    "sparse_linear",
+    "tickets",
+    "to_dense",
+]

@@ -1,0 +1,50 @@
+"""Finds and loads the native library; the package works without it, slower."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from .schemas import SCHEMAS
+
+_PATH = Path(__file__).with_name("_C.abi3.so")
+_HOW = "reinstall with a C++20 compiler: apt-get install g++; pip install --no-build-isolation --force-reinstall ."
+_status: dict | None = None
+
+
+def schema_digest() -> str:
+    """Fingerprint of the operator table; the library must have been built from the same one."""
+    return hashlib.sha256(json.dumps(SCHEMAS, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load() -> bool:
+    """Load the library once; False when there is none, with the reason in :func:`status`."""
+    global _status
+    if _status is None:
+        _status = _try_load()
+    return _status["loaded"]
+
+
+def status() -> dict:
+    """``{"loaded": bool, "path": str | None, "reason": str | None, "build": dict | None}``."""
+    load()
+    return dict(_status)
+
+
+def _try_load() -> dict:
+    missing = {"loaded": False, "path": None, "build": None}
+    if not _PATH.exists():
+        return missing | {"reason": f"the native library was not built; {_HOW}"}
+    if _PATH.with_suffix(".json").exists():
+        built = json.loads(_PATH.with_suffix(".json").read_text()).get("schemas")
+        if built != schema_digest():
+            return missing | {"reason": f"the native library is from another version of the source; {_HOW}"}
+    try:
+        torch.ops.load_library(_PATH)
+        build = json.loads(torch.ops.sparsekit.build_info())
+    except (OSError, RuntimeError) as error:
+        return missing | {"reason": f"the native library does not load ({error}); {_HOW}"}
+    return {"loaded": True, "path": str(_PATH), "reason": None, "build": build}

@@ -1,0 +1,75 @@
+"""Stateless calls: :func:`sparse_linear` and :func:`sparse_conv2d`, the doors to every format's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .autograd import Conv2dFunction, LinearFunction
+from .format import Conv, Format, Index
+
+__all__ = ["sparse_conv2d", "sparse_linear"]
+
+
+def sparse_linear(
+    x: Tensor, values: Tensor, index: Index, shape: torch.Size, fmt: Format, bias: Tensor | None = None
+) -> Tensor:
+    """``x Wᵀ + bias`` with W stored in a format; differentiable in x, values and bias.
+
+    Args: ``x [..., in]`` and ``values`` of one floating dtype (autocast casts both), ``index`` the
+    format's index tensors in the order of ``fmt.index_names``, ``shape`` = ``(out, in)``.
+    Returns: ``[..., out]``. Raises: ValueError when the last dimension of x is not ``in``.
+    """
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
+        raise ValueError(f"Expected an input of shape [..., {shape[1]}], got {list(x.shape)}")
+    if torch.is_autocast_enabled(x.device.type):
+        x, values, bias = _autocast(x, values, bias)
+    flat = x if x.dim() == 2 else x.reshape(-1, shape[1])
+    if torch.is_grad_enabled() and _differentiable(x, values, bias):
+        y = LinearFunction.apply(flat, values, bias, fmt, shape, *index)
+    else:
+        y = fmt.linear(flat, values, bias, index, shape)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], shape[0])
+
+
+def sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    index: Index,
+    shape: torch.Size,
+    fmt: Format,
+    bias: Tensor | None = None,
+    conv: Conv = Conv(),  # noqa: B008 - an immutable tuple
+) -> Tensor:
+    """The 2-D convolution of x with W stored in a format; differentiable in x, values and bias.
+
+    Args: ``x [N, C, H, W]`` or ``[C, H, W]``, ``shape`` = ``(out, in/groups, kh, kw)``, the rest as in
+    :func:`sparse_linear`. Returns: ``[N, out, OH, OW]``.
+    Raises: ValueError when the channels do not fit or the kernel is larger than the padded image.
+    """
+    if x.dim() not in (3, 4) or x.shape[-3] != shape[1] * conv.groups:
+        raise ValueError(f"Expected an input of shape [N, {shape[1] * conv.groups}, H, W], got {list(x.shape)}")
+    for i in (0, 1):
+        extent = x.shape[i - 2] + 2 * conv.padding[i]
+        kernel = conv.dilation[i] * (shape[2 + i] - 1) + 1
+        if extent < kernel:
+            raise ValueError(f"Expected a padded input of at least {kernel} along axis {i - 2}, got {extent}")
+    if torch.is_autocast_enabled(x.device.type):
+        x, values, bias = _autocast(x, values, bias)
+    batch = x if x.dim() == 4 else x.unsqueeze(0)
+    if torch.is_grad_enabled() and _differentiable(x, values, bias):
+        y = Conv2dFunction.apply(batch, values, bias, fmt, shape, conv, *index)
+    else:
+        y = fmt.conv2d(batch, values, bias, index, shape, conv)
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _differentiable(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+    return values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _autocast(x: Tensor, values: Tensor, bias: Tensor | None):
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if x.dtype == torch.float64:  # torch's autocast leaves double alone
+        return x, values, bias
+    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)

@@ -1,0 +1,88 @@
+"""Masks: ``{parameter name: bool tensor}``, True where a weight survives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Masks", "check_masks", "density", "digest", "from_model", "pack_bits", "unpack_bits"]
+
+Masks = dict[str, Tensor]
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The effective dense weight of a layer, read through ``torch.nn.utils.prune`` when it is applied."""
+    orig, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
+    if orig is not None and mask is not None:
+        return orig * mask.to(orig.dtype)
+    return module.weight
+
+
+def mask_of(module: nn.Module) -> Tensor:
+    """The mask a layer already carries: its own, the one of ``torch.nn.utils.prune``, or its zeros."""
+    if hasattr(module, "survivors"):
+        return module.survivors()
+    if getattr(module, "weight_orig", None) is not None and getattr(module, "weight_mask", None) is not None:
+        return module.weight_mask != 0
+    return module.weight.detach() != 0
+
+
+def from_model(model: nn.Module, names: list[str]) -> Masks:
+    """Masks of the named weights (``"0.weight"``) as the model carries them now."""
+    return {name: mask_of(model.get_submodule(name.rpartition(".")[0])) for name in names}
+
+
+def check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError or TypeError unless every mask names a known weight and has its shape and dtype bool."""
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"Expected masks as a dict of name to bool tensor, got {type(masks).__name__}")
+    for name, mask in masks.items():
+        if name not in shapes:
+            known = ", ".join(shapes) or "none"
+            raise ValueError(f"Expected masks for prunable weights of this model ({known}), got {name!r}")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"{name}: Expected a mask of dtype torch.bool, got {got}")
+        if mask.shape != shapes[name]:
+            raise ValueError(f"{name}: Expected a mask of shape {list(shapes[name])}, got {list(mask.shape)}")
+
+
+def density(masks: Mapping[str, Tensor]) -> float:
+    """Share of the masked weights that survive; 1.0 for no masks."""
+    total = sum(mask.numel() for mask in masks.values())
+    return sum(int(mask.sum()) for mask in masks.values()) / total if total else 1.0
+
+
+def digest(masks: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bits, equal on every rank that holds the same ticket."""
+    sha = hashlib.sha256()
+    for name in sorted(masks):
+        sha.update(f"{name}{list(masks[name].shape)}".encode())
+        sha.update(pack_bits(masks[name]).numpy().tobytes())
+    return sha.hexdigest()
+
+
+_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool tensor as uint8 ``[ceil(numel / 8)]`` on the CPU, least significant bit first."""
+    flat = mask.detach().cpu().flatten().to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (flat * torch.tensor(_WEIGHTS, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, shape: torch.Size | list[int]) -> Tensor:
+    """The inverse of :func:`pack_bits`; raises ValueError when the byte count does not fit ``shape``."""
+    count = 1
+    for extent in shape:
+        count *= extent
+    if bits.dtype != torch.uint8 or bits.numel() != -(-count // 8):
+        raise ValueError(
+            f"Expected {-(-count // 8)} mask bytes for shape {list(shape)}, got {bits.numel()} of {bits.dtype}"
+        )
+    ones = bits.view(-1, 1).bitwise_and(torch.tensor(_WEIGHTS, dtype=torch.uint8)) != 0
+    return ones.flatten()[:count].view(list(shape)).clone()

@@ -1,0 +1,9 @@
+"""Drop-in modules and whole-model conversion."""
+
+from .base import SparseModule as SparseModule
+from .conv import SparseConv2d as SparseConv2d
+from .convert import convert as convert
+from .convert import dense_state as dense_state
+from .convert import masks_of as masks_of
+from .convert import to_dense as to_dense
+from .linear import SparseLinear as SparseLinear

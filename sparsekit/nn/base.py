@@ -1,0 +1,172 @@
+"""What SparseLinear and SparseConv2d share: the packed parameter, its index, and every way in and out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import format as formats
+from ..mask import check_masks
+
+__all__ = ["SparseModule"]
+
+
+class SparseModule(nn.Module):
+    """A layer whose trainable parameter ``values`` holds the survivors of its weight in some format.
+
+    Optimizers keep state for survivors only and can never revive a pruned weight. ``weight`` is a
+    differentiable dense view for code that reaches inside; writing into that view changes nothing.
+    ``state_dict`` holds ``values``, the format's index tensors and ``bias``; ``load_state_dict`` also
+    takes a dense ``weight`` (its survivors are read), ``weight_orig`` with ``weight_mask`` (the mask is
+    adopted), and the packed form of any other format.
+    """
+
+    dense_class: type[nn.Module]
+    plan = None
+    layer_name = ""
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+
+    def _adopt(self, dense: nn.Module, weight: Tensor, mask: Tensor | None, format: str) -> None:
+        """Take over a dense layer's weight, bias and training flag; raises before anything changes."""
+        name = f"{self.layer_name}.weight" if self.layer_name else "weight"
+        if not weight.is_floating_point():
+            raise TypeError(f"{name}: Expected a floating-point weight, got {weight.dtype}")
+        if mask is None:
+            mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+        check_masks({name: mask}, {name: weight.shape})
+        self.shape = tuple(weight.shape)
+        self.register_parameter("values", None)
+        bias = dense.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        self.train(dense.training)
+        self._store(weight, mask.to(weight.device), formats.get(format))
+        self.values.requires_grad_(_leaf(dense).requires_grad)
+
+    @torch.no_grad()
+    def _store(self, weight: Tensor, mask: Tensor, fmt: formats.Format) -> None:
+        """Hold ``weight`` under ``mask`` in a format; an existing parameter object stays the same object."""
+        if old := getattr(self, "format", None):
+            for name in old.index_names:
+                self._buffers.pop(name, None)
+                self._non_persistent_buffers_set.discard(name)
+        self.format = fmt
+        index = fmt.index(mask)
+        for name in fmt.index_names:
+            self.register_buffer(name, index.get(name), persistent=name not in fmt.derived_names)
+        values = fmt.gather(weight.detach(), index).contiguous()
+        if values.is_set_to(weight) or values.data_ptr() == weight.data_ptr():
+            values = values.clone()
+        if self.values is None:
+            self.values = nn.Parameter(values)
+        else:
+            self.values.data = values
+            self.values.grad = None
+
+    def derive(self) -> None:
+        """Build the index tensors that only the backward pass needs; called by itself when they are missing."""
+        index = {name: self._buffers[name] for name in formats.saved_names(self.format)}
+        self._buffers.update(self.format.derive(index, self.shape))
+
+    def _index(self) -> formats.Index:
+        buffers, fmt = self._buffers, self.format
+        if fmt.derived_names and buffers[fmt.derived_names[0]] is None:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.derive()
+        return tuple([buffers[name] for name in fmt.index_names])
+
+    def _saved_index(self) -> dict[str, Tensor]:
+        buffers = self._buffers
+        return {n: buffers[n] for n in formats.saved_names(self.format) if buffers[n] is not None}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, 0 where pruned; gradients through it reach the survivors only."""
+        return self.format.scatter(self.values, self._saved_index(), torch.Size(self.shape))
+
+    def survivors(self) -> Tensor:
+        """The mask: bool of the weight's shape, True where a weight survives."""
+        return self.format.survivors(self._saved_index(), torch.Size(self.shape))
+
+    def pack(self, dense: Tensor) -> Tensor:
+        """A dense tensor of the weight's shape in the layout of ``values``: what survives of it."""
+        return self.format.gather(dense, self._saved_index()).clone()
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that survive."""
+        count = torch.Size(self.shape).numel()
+        return int(self.survivors().sum()) / count if count else 1.0
+
+    def set_format(self, name: str) -> None:
+        """Move the survivors into another format; the parameter object stays, its shape changes."""
+        fmt = formats.get(name)
+        if fmt is not self.format:
+            self._store(self.weight.detach(), self.survivors(), fmt)
+
+    def to_dense(self) -> nn.Module:
+        """The layer as the class it was converted from, survivors bit for bit, pruned weights 0."""
+        dense = self._empty_dense()
+        dense.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.values.requires_grad)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return dense.train(self.training)
+
+    def bytes(self) -> int:
+        """Bytes of parameters and index tensors, those of the backward pass included once built."""
+        tensors = [self.values, self.bias, *(self._buffers[name] for name in self.format.index_names)]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        found = _incoming(own, prefix, torch.Size(self.shape), errors)
+        if found is not None:
+            weight, mask = (tensor.to(self.values.device) if tensor is not None else None for tensor in found)
+            with torch.no_grad():
+                if mask is None or torch.equal(mask, self.survivors()):
+                    self.values.copy_(self.format.gather(weight, self._saved_index()))
+                else:
+                    self._store(weight.to(self.values.dtype), mask, self.format)
+        for key in [key for key in own if key[len(prefix) :] in _KEYS]:
+            del own[key]
+        if found is not None or errors:
+            for name, tensor in {"values": self.values.data, **self._saved_index()}.items():
+                own[prefix + name] = tensor
+        super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def _leaf(dense: nn.Module) -> Tensor:
+    orig = getattr(dense, "weight_orig", None)
+    return dense.weight if orig is None else orig
+
+
+_KEYS = {"weight", "weight_orig", "weight_mask", "values"} | {
+    name for fmt in formats.names() for name in formats.saved_names(formats.get(fmt))
+}
+
+
+def _incoming(own: dict, prefix: str, shape: torch.Size, errors: list) -> tuple[Tensor, Tensor | None] | None:
+    """The dense weight and mask that a state dict brings for this layer; problems go to ``errors``."""
+    keys = {key[len(prefix) :]: value for key, value in own.items() if key[len(prefix) :] in _KEYS}
+    if {"weight_orig", "weight_mask"} <= keys.keys():
+        weight, mask = keys["weight_orig"], keys["weight_mask"] != 0
+    elif "weight" in keys:
+        weight, mask = keys["weight"], None
+    elif "values" in keys:
+        for fmt in map(formats.get, formats.names()):
+            saved = set(formats.saved_names(fmt))
+            if saved - set(fmt.optional_names) <= keys.keys() - {"values"} <= saved:
+                index = {name: keys[name] for name in saved & keys.keys()}
+                if problem := fmt.check(keys["values"], index, shape):
+                    errors.append(f"{prefix}values: Expected {problem}")
+                    return None
+                return fmt.scatter(keys["values"], index, shape), fmt.survivors(index, shape)
+        errors.append(f"{prefix}values: Expected the index tensors of one format beside it, got {sorted(keys)}")
+        return None
+    else:
+        return None
+    if weight.shape != shape or (mask is not None and mask.shape != shape):
+        errors.append(f"{prefix}weight: Expected a weight of shape {list(shape)}, got {list(weight.shape)}")
+        return None
+    return weight, mask

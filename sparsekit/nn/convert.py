@@ -1,0 +1,290 @@
+"""convert and to_dense: whole models in and out of sparse layers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import format as formats
+from ..mask import Masks, check_masks, density, mask_of, weight_of
+from ..plan import LayerPlan, cache_key, choose, density_bucket
+from ..prune import prunable
+from .base import SparseModule
+from .conv import SparseConv2d
+from .linear import SparseLinear
+
+__all__ = ["convert", "dense_state", "masks_of", "to_dense"]
+
+_SPARSE = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+_ASSUMED_BATCH, _ASSUMED_IMAGE = 64, (16, 32, 32)
+_HOOKS = [name for name in nn.Module().__dict__ if name.endswith("_hooks") or "_hooks_" in name]
+
+
+def convert(
+    model: nn.Module,
+    masks: Mapping[str, Tensor] | None = None,
+    example_inputs: Any = None,
+    training: bool = False,
+    impl: str = "auto",
+    inplace: bool = False,
+) -> nn.Module:
+    """Replace the pruned layers of ``model`` by sparse ones, each in the format that measures fastest.
+
+    Args:
+        masks: ``{"0.weight": bool tensor}`` as :func:`sparsekit.prune` gives; None takes the masks of
+            ``torch.nn.utils.prune``, or the zeros of each weight. Layers without a pruned weight stay.
+        example_inputs: a tensor, or a tuple or dict of arguments, to run the model on once (in eval
+            mode) so that each layer is measured on its real input. None assumes a batch of 64 rows
+            for linear layers and 16 images of 32 x 32 for convolutions.
+        training: measure forward + backward together; otherwise forward alone.
+        impl: ``"auto"``, or the name of a format to force; a layer it cannot hold raises ValueError.
+        inplace: change ``model`` itself; otherwise a deep copy.
+
+    Returns: the model with sparse layers; :func:`sparsekit.explain` says what was chosen and why.
+    Raises: ValueError or TypeError naming the layer on bad masks, before anything changes.
+    """
+    if impl != "auto":
+        formats.get(impl)
+    layers = prunable(model)
+    if masks is None:
+        masks = {name: mask_of(module) for name, module in layers.items()}
+    check_masks(masks, {name: torch.Size(weight_of(module).shape) for name, module in layers.items()})
+    for name in masks:
+        if not weight_of(layers[name]).is_floating_point():
+            raise TypeError(f"{name}: Expected a floating-point weight, got {weight_of(layers[name]).dtype}")
+    masks = {name: mask.detach() for name, mask in masks.items() if not bool(mask.all())}
+    if impl != "auto":
+        for name, mask in masks.items():
+            if reason := formats.get(impl).unsupported(mask, getattr(layers[name], "groups", 1)):
+                raise ValueError(f"{name}: Expected a layer that {impl!r} can hold, got {reason}")
+    _reject_tied(model, layers, masks)
+    if not inplace:
+        model = _deepcopy(model)
+        layers = prunable(model)
+    inputs = _record_inputs(model, [layers[name] for name in masks], example_inputs, training)
+    swaps = {}
+    for name, mask in masks.items():
+        module = layers[name]
+        x = inputs.get(id(module))
+        sparse = _plan_layer(name.rpartition(".")[0], module, mask, x, training, impl)
+        for hooks in _HOOKS:
+            getattr(sparse, hooks).update(_foreign_hooks(module, hooks))
+        swaps[id(module)] = sparse
+        if not mask.any():
+            warnings.warn(f"{name}: no weight survives; the layer outputs its bias", stacklevel=2)
+    return _swap(model, swaps)
+
+
+def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Put the original classes and keys back; survivors keep their bits, pruned weights are 0.
+
+    Returns a deep copy unless ``inplace``. The model no longer keeps its pruned weights pruned.
+    """
+    if not inplace:
+        model = _deepcopy(model)
+    swaps = {}
+    for module in model.modules():
+        if isinstance(module, SparseModule):
+            dense = module.to_dense()
+            for hooks in _HOOKS:
+                getattr(dense, hooks).update(getattr(module, hooks))
+            swaps[id(module)] = dense
+    return _swap(model, swaps)
+
+
+def masks_of(model: nn.Module) -> Masks:
+    """The masks of all sparse layers of a converted model, ``{"0.weight": bool tensor}``."""
+    return {
+        f"{name}.weight" if name else "weight": module.survivors()
+        for name, module in model.named_modules()
+        if isinstance(module, SparseModule)
+    }
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that :func:`to_dense` would give, without building the model; copies."""
+    state = {}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if owner in packed and leaf == "values":
+            state[f"{owner}.weight" if owner else "weight"] = packed[owner].weight.detach().clone()
+        elif owner not in packed or leaf == "bias":
+            state[name] = tensor.detach().clone()
+    return state
+
+
+def _plan_layer(
+    name: str, module: nn.Module, mask: Tensor, x: Tensor | None, training: bool, impl: str
+) -> SparseModule:
+    if isinstance(module, SparseModule):
+        module = module.to_dense()
+    sparse_class, share = _SPARSE[type(module)], density({name: mask})
+    facts = {
+        "name": name,
+        "kind": type(module).__name__,
+        "shape": tuple(mask.shape),
+        "density": share,
+        "work": "forward + backward" if training else "forward",
+    }
+    if impl != "auto":
+        sparse = sparse_class.from_dense(module, mask, impl, name)
+        return _finish(sparse, LayerPlan(**facts, chosen=impl, forced=True), training)
+
+    assumed = x is None
+    if assumed:
+        x = _assumed_input(module)
+    rejected, candidates = {}, {}
+    for fmt in map(formats.get, formats.names()):
+        if reason := fmt.unsupported(mask, getattr(module, "groups", 1)):
+            rejected[fmt.name] = reason
+            continue
+        candidates[fmt.name] = _finish(sparse_class.from_dense(module, mask, fmt.name, name), None, training)
+    limit = _held_bytes(candidates["dense"], training)
+    for other in [other for other in candidates if other != "dense"]:
+        if (ratio := _held_bytes(candidates[other], training) / limit) > 1:
+            rejected[other] = f"{ratio:.2f}x the memory of dense at density {share:.3g}"
+            del candidates[other]
+    thunks = {other: _thunk(candidate, x, training) for other, candidate in candidates.items()}
+    geometry = candidates["dense"].extra_repr().partition(", format=")[0]
+    layout = "nhwc" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else "rows"
+    key = cache_key(
+        x.device, facts["kind"], geometry, tuple(x.shape), layout, x.dtype, module.weight.dtype,
+        x.requires_grad, torch.is_autocast_enabled(x.device.type), density_bucket(share), facts["work"],
+    )  # fmt: skip
+    chosen, times = choose(thunks, key)
+    for other, us in times.items():
+        if other != chosen:
+            ratio = times["dense"] / us
+            rejected[other] = (
+                f"{us / times[chosen]:.2f}x the time of {chosen}"
+                if other == "dense"
+                else f"{us:.0f} us, {ratio:.2f}x dense at density {share:.3g}"
+            )
+    plan = LayerPlan(
+        **facts, chosen=chosen, us=times[chosen], dense_us=times["dense"],
+        input_shape=tuple(x.shape), assumed=assumed, rejected=rejected,
+    )  # fmt: skip
+    return _finish(candidates[chosen], plan, training)
+
+
+def _finish(sparse: SparseModule, plan: LayerPlan | None, training: bool) -> SparseModule:
+    sparse.plan = plan
+    if training:
+        sparse.derive()
+    return sparse
+
+
+def _held_bytes(sparse: SparseModule, training: bool) -> int:
+    """Bytes a layer holds: while it trains also the gradient and Adam's two moments of its values."""
+    values = sparse.values
+    return sparse.bytes() + (3 * values.numel() * values.element_size() if training else 0)
+
+
+def _thunk(module: nn.Module, x: Tensor, training: bool):
+    if not training:
+
+        def forward():
+            with torch.no_grad():
+                return module(x)
+
+        return forward
+    x = x.detach().requires_grad_(x.requires_grad)
+    wanted = [p for p in (x, *module.parameters()) if p.requires_grad]
+    with torch.no_grad():
+        dy = torch.ones_like(module(x))
+
+    def step():
+        with torch.enable_grad():
+            return torch.autograd.grad(module(x), wanted, dy)
+
+    return step
+
+
+def _assumed_input(module: nn.Module) -> Tensor:
+    weight = module.weight
+    if isinstance(module, nn.Linear):
+        size = (_ASSUMED_BATCH, module.in_features)
+    else:
+        batch, height, width = _ASSUMED_IMAGE
+        reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        size = (batch, module.in_channels, max(height, reach[0]), max(width, reach[1]))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, generator=generator).to(weight.device, weight.dtype).requires_grad_()
+
+
+def _record_inputs(
+    model: nn.Module, targets: list[nn.Module], example_inputs: Any, training: bool
+) -> dict[int, Tensor]:
+    """Run the model once and keep each layer's first input, ``requires_grad`` as in a training step."""
+    if example_inputs is None or not targets:
+        return {}
+    seen: dict[int, Tensor] = {}
+
+    def keep(module, args):
+        if args and isinstance(args[0], Tensor) and id(module) not in seen:
+            seen[id(module)] = args[0].detach().clone(memory_format=torch.preserve_format).requires_grad_(
+                training and args[0].requires_grad
+            )
+
+    flags = {module: module.training for module in model.modules()}
+    handles = [module.register_forward_pre_hook(keep) for module in targets]
+    try:
+        model.eval()  # keeps batch-norm statistics as they are
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training):
+            if isinstance(example_inputs, Mapping):
+                model(**example_inputs)
+            elif isinstance(example_inputs, tuple | list):
+                model(*example_inputs)
+            else:
+                model(example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in flags.items():
+            module.training = flag
+    return seen
+
+
+def _reject_tied(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
+    """A packed copy of a weight that another layer shares would silently untie the two."""
+    owners: dict[int, str] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            full = f"{module_name}.{name}" if module_name else name
+            first = owners.setdefault(id(parameter), full)
+            for tied in {first, full} & masks.keys() if first != full else ():
+                raise ValueError(f"{tied}: Expected a weight of its own, got one shared by {first} and {full}")
+
+
+def _foreign_hooks(module: nn.Module, name: str) -> dict:
+    """A module's hooks without those of torch.nn.utils.prune, which recompute its weight."""
+    hooks = getattr(module, name)
+    return type(hooks)(
+        (key, hook) for key, hook in hooks.items() if not isinstance(hook, torch.nn.utils.prune.BasePruningMethod)
+    )
+
+
+def _deepcopy(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if "weight_orig" in module._parameters and isinstance(module.__dict__.get("weight"), Tensor):
+            # torch.nn.utils.prune leaves a non-leaf here, which cannot be copied; forward makes it anew.
+            module.weight = module.weight.detach()
+    return copy.deepcopy(model)
+
+
+def _swap(model: nn.Module, swaps: dict[int, nn.Module]) -> nn.Module:
+    if id(model) in swaps:
+        return swaps[id(model)]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in swaps:
+                parent._modules[name] = swaps[id(child)]
+    return model

@@ -1,0 +1,64 @@
+"""SparseLinear, the drop-in of nn.Linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import sparse_linear
+from ..mask import weight_of
+from .base import SparseModule
+
+__all__ = ["SparseLinear"]
+
+
+class SparseLinear(SparseModule):
+    """``nn.Linear`` over the survivors of a mask ``[out_features, in_features]`` (None: all survive).
+
+    Same arguments, initialisation and call as ``nn.Linear``; ``format`` says how the survivors are
+    stored and run. Raises ValueError or TypeError on a mask of another shape or dtype, an unknown format.
+    """
+
+    dense_class = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        mask: Tensor | None = None,
+        format: str = "csr",
+    ) -> None:
+        super().__init__()
+        dense = nn.Linear(in_features, out_features, bias, device, dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self._adopt(dense, dense.weight, mask, format)
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear, mask: Tensor, format: str = "csr", name: str = "") -> SparseLinear:
+        """A copy of ``module`` under ``mask``; weights under ``torch.nn.utils.prune`` are read through it."""
+        self = cls.__new__(cls)
+        super(SparseLinear, self).__init__()
+        self.layer_name = name
+        self.in_features, self.out_features = module.in_features, module.out_features
+        self._adopt(module, weight_of(module), mask, format)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in_features]`` to ``[..., out_features]``."""
+        try:
+            return sparse_linear(x, self.values, self._index(), self.shape, self.format, self.bias)
+        except ValueError as error:
+            raise ValueError(f"{self.layer_name or type(self).__name__}: {error}") from None
+
+    def _empty_dense(self) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format.name}, density={self.density:.4g}"
+        )

@@ -1,0 +1,207 @@
+"""The training loop of the command line: a data set in memory, one step function for sparse and dense alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import Dataset
+from .ledger import masked_dense
+from .loop import Round
+
+__all__ = ["Fit", "Training", "evaluate", "fit", "train_round"]
+
+_SAMPLES, _SAMPLE_STEPS, _WARM_STEPS = 3, 30, 5
+
+
+@dataclass(frozen=True)
+class Training:
+    """Hyperparameters of one training; ``iterations`` in steps, ``milestones`` divide the rate by ten."""
+
+    iterations: int
+    batch_size: int = 60
+    optimizer: str = "adam"
+    lr: float = 1.2e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    eval_every: int = 100
+    warmup: int = 0
+    milestones: tuple[int, ...] = ()
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer over ``model``'s parameters, fused."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(model.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True)
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True
+            )
+        raise ValueError(f"Expected optimizer 'adam' or 'sgd', got {self.optimizer!r}")
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer):
+        """Linear warm-up and step decay as one LambdaLR, or None for a constant rate."""
+        if not self.warmup and not self.milestones:
+            return None
+
+        def factor(step: int) -> float:
+            warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+            return warm * 0.1 ** sum(step >= milestone for milestone in self.milestones)
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@dataclass
+class Fit:
+    """What one training gave: accuracies in [0, 1] on the test set, losses on the validation set.
+
+    ``test_accuracy`` belongs to the iteration of least validation loss (the paper's early stop),
+    ``final_test_accuracy`` to the last iteration.
+    """
+
+    test_accuracy: float
+    final_test_accuracy: float
+    val_loss: float
+    early_stop_iteration: int
+    train_seconds: float
+    eval_seconds: float
+    step_us: float
+    steps: int
+
+
+def make_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor, Tensor], None]:
+    """One training step on a batch; sparse and masked-dense models are timed through the same function."""
+
+    def step(x: Tensor, y: Tensor) -> None:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> tuple[float, float]:
+    """``(mean cross-entropy, accuracy)`` in eval mode."""
+    flag = model.training
+    model.eval()
+    loss, hits = 0.0, 0
+    for part, target in zip(x.split(batch), y.split(batch), strict=True):
+        logits = model(part)
+        loss += float(F.cross_entropy(logits, target, reduction="sum"))
+        hits += int((logits.argmax(1) == target).sum())
+    model.train(flag)
+    return loss / len(y), hits / len(y)
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    training: Training,
+    order: Callable[[int, int], Tensor],
+    begin: Callable[..., int] | None = None,
+    on_step: Callable[[], None] | None = None,
+    sample: Callable[[], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Fit:
+    """Train ``model`` on ``data``; ``order(count, epoch)`` gives each epoch's permutation.
+
+    ``begin`` is :meth:`Round.begin`, ``on_step`` :meth:`Round.step`; ``sample`` is called a few times
+    outside the timed steps, ``progress`` after every evaluation with the iteration.
+    """
+    optimizer = training.make_optimizer(model)
+    scheduler = training.make_scheduler(optimizer)
+    per_epoch = max(1, len(data.train_y) // training.batch_size)
+    start = begin(optimizer, scheduler, per_epoch) if begin else 0
+    step = make_step(model.train(), optimizer)
+    sample_at = {start + (training.iterations - start) * i // _SAMPLES for i in range(_SAMPLES)}
+    best, best_at, best_state = float("inf"), start, None
+    seconds = eval_seconds = 0.0
+    epoch, perm = -1, None
+    clock = time.perf_counter()
+    for iteration in range(start, training.iterations):
+        if iteration // per_epoch != epoch:
+            epoch = iteration // per_epoch
+            perm = order(len(data.train_y), epoch).to(data.train_y.device).split(training.batch_size)
+        if sample is not None and iteration in sample_at:
+            seconds += time.perf_counter() - clock
+            sample()
+            clock = time.perf_counter()
+        batch = perm[iteration % per_epoch]
+        step(data.train_x.index_select(0, batch), data.train_y.index_select(0, batch))
+        if scheduler is not None:
+            scheduler.step()
+        if on_step is not None:
+            on_step()
+        done = iteration + 1
+        if done % training.eval_every == 0 or done == training.iterations:
+            now = time.perf_counter()
+            seconds += now - clock
+            loss, _ = evaluate(model, data.val_x, data.val_y)
+            if loss < best or best_state is None:
+                best, best_at = loss, done
+                best_state = [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+            clock = time.perf_counter()
+            eval_seconds += clock - now
+            if progress is not None:
+                progress(done)
+    seconds += time.perf_counter() - clock
+    clock = time.perf_counter()
+    _, final = evaluate(model, data.test_x, data.test_y)
+    at_best = final
+    if best_state is not None and best_at != training.iterations:
+        at_best = _accuracy_with(model, best_state, data)
+    eval_seconds += time.perf_counter() - clock
+    steps = max(1, training.iterations - start)
+    return Fit(at_best, final, best, best_at, seconds, eval_seconds, seconds / steps * 1e6, steps)
+
+
+@torch.no_grad()
+def _accuracy_with(model: nn.Module, state: list[Tensor], data: Dataset) -> float:
+    tensors = [*model.parameters(), *model.buffers()]
+    now = [t.detach().clone() for t in tensors]
+    for tensor, value in zip(tensors, state, strict=True):
+        tensor.copy_(value)
+    accuracy = evaluate(model, data.test_x, data.test_y)[1]
+    for tensor, value in zip(tensors, now, strict=True):
+        tensor.copy_(value)
+    return accuracy
+
+
+def train_round(round_: Round, data: Dataset, training: Training, progress=None, fresh: nn.Module | None = None) -> Fit:
+    """Train a round, time masked-dense steps beside it, and record the ledger's line.
+
+    ``fresh`` is a newly initialised dense model for the re-initialised control, or None for no control.
+    """
+    samples: list[float] = []
+    sample = _masked_sampler(round_, data, training, samples)
+    result = fit(round_.model, data, training, round_.permutation, round_.begin, round_.step, sample, progress)
+    masked_us = statistics.median(samples)
+    round_.record(
+        **asdict(result), masked_dense_step_us=masked_us, masked_dense_seconds=masked_us * result.steps / 1e6
+    )
+    if fresh is not None and round_.masks:
+        control = fit(round_.variant(fresh), data, training, round_.permutation)
+        round_.record(controls={"reinit": asdict(control)})
+    return result
+
+
+def _masked_sampler(round_: Round, data: Dataset, training: Training, samples: list[float]) -> Callable[[], None]:
+    twin = masked_dense(round_.model, round_.masks).train()
+    step = make_step(twin, training.make_optimizer(twin))
+    batch = torch.arange(min(training.batch_size, len(data.train_y)), device=data.train_y.device)
+
+    def sample() -> None:
+        with torch.random.fork_rng():
+            for number in range(_WARM_STEPS + _SAMPLE_STEPS):
+                start = time.perf_counter()
+                step(data.train_x.index_select(0, batch), data.train_y.index_select(0, batch))
+                if number >= _WARM_STEPS:
+                    samples.append((time.perf_counter() - start) * 1e6)
+
+    return sample
