@@ -72,7 +72,7 @@ def find_compiler():
 
 
 def run(command):
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise CannotBuild(f"this command failed: {shlex.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -85,7 +85,7 @@ def write_if_changed(path, text):
 
 
 def generate_schemas(folder, compiler, cuda):
-    """The C++ registration and the Python operators come from one table."""
+    """The C++ registration and the Python operators come from one table; returns its fingerprint."""
     schemas = runpy.run_path(str(ROOT / "sparsekit/schemas.py"))["SCHEMAS"]
     version = runpy.run_path(str(ROOT / "sparsekit/_version.py"))["__version__"]
     digest = hashlib.sha256(json.dumps(schemas, sort_keys=True).encode()).hexdigest()[:16]
@@ -105,6 +105,7 @@ def generate_schemas(folder, compiler, cuda):
         "",
     ]
     write_if_changed(folder / "sparsekit_schemas.h", "\n".join(lines))
+    return digest
 
 
 def is_fresh(target, depfile, command):
@@ -133,7 +134,7 @@ def build_native(library, scratch):
     nvcc = shutil.which("nvcc") if flag("SPARSEKIT_CUDA") != "0" else None
     cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else []
     generated = ROOT / "build/generated"
-    generate_schemas(generated, compiler, bool(cuda_sources))
+    digest = generate_schemas(generated, compiler, bool(cuda_sources))
 
     sanitize = SANITIZE if flag("SPARSEKIT_SANITIZE") == "1" else []
     scratch = scratch / ("sanitize" if sanitize else "release")
@@ -152,7 +153,8 @@ def build_native(library, scratch):
             for isa, isa_flags in ISA_FLAGS.items():
                 # gcc 12 believes its own AVX-512 intrinsics read uninitialized registers.
                 quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-                jobs.append((scratch / f"{stem}_{isa}.o", source, [*base, *quiet, *isa_flags, f"-DSPARSEKIT_ISA_TABLE={isa}"]))
+                command = [*base, *quiet, *isa_flags, f"-DSPARSEKIT_ISA_TABLE={isa}"]
+                jobs.append((scratch / f"{stem}_{isa}.o", source, command))
         else:
             jobs.append((scratch / f"{stem}.o", source, [*base, *defines, *includes]))
     for source in cuda_sources:
@@ -173,6 +175,8 @@ def build_native(library, scratch):
         run([*link[:-1], str(part)])
         os.replace(part, library)
         stamp.write_text(shlex.join(link))
+    # Lets Python refuse a stale library before loading it would register outdated schemas.
+    write_if_changed(library.with_suffix(".json"), json.dumps({"schemas": digest}) + "\n")
 
 
 class BuildNative(build_ext):
@@ -188,6 +192,10 @@ class BuildNative(build_ext):
 
     def skip(self, reason):
         print(f"sparsekit: installing without native kernels: {reason}", flush=True)
+        if not self.inplace:  # an earlier build may have left one in the folder that becomes the wheel
+            library = Path(self.get_ext_fullpath("sparsekit._C"))
+            library.unlink(missing_ok=True)
+            library.with_suffix(".json").unlink(missing_ok=True)
         self.extensions = []
 
 

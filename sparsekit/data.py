@@ -142,7 +142,7 @@ def find(name: str, directory: str | Path | None = None) -> dict[str, Path]:
             missing = f"; {root / folder} lacks {', '.join(lacking)}"
     if name == "cifar10" and (root / "cifar-10-batches-py").is_dir():
         missing += (
-            f"; {root / 'cifar-10-batches-py'} is the Python version, which is made of pickles and is not read:"
+            f"; {root / 'cifar-10-batches-py'} is the Python version, which is pickled and so not read:"
             " get the binary version (cifar-10-binary.tar.gz)"
         )
     raise FileNotFoundError(f"{name}: Expected {wanted} in {where}, got {root} without them{missing}")
@@ -188,7 +188,8 @@ def _read(path: Path, limit: int) -> bytes:
             return file.read(limit + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         kind = path.suffix.removeprefix(".")
-        raise ValueError(f"{path}: Expected a whole {kind} file, got a torn or foreign one ({error})") from None
+        why = f"{path}: Expected a whole {kind} file, got a torn or foreign one ({error})"
+        raise ValueError(why) from None
 
 
 def _read_xz(path: Path, limit: int) -> bytes:
@@ -276,7 +277,7 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor, int, str]:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"digits: Expected scikit-learn, which has these images, got {error}; pip install 'sparsekit[demo]'"
+            f"digits: Expected scikit-learn, which has them, got {error}; pip install 'sparsekit[demo]'"
         ) from None
     found = load_digits()
     images = torch.from_numpy(found.images.astype(np.uint8)).unsqueeze(1)

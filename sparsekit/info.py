@@ -118,7 +118,10 @@ def _package(name: str, version: str | None) -> str:
 def _native_line(native: dict[str, Any]) -> str:
     if not native["loaded"]:
         return f"missing: {native['reason']}"
-    build = native.get("build") or {}
+    build = {
+        key: "/".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in (native.get("build") or {}).items()
+    }
     return ", ".join([native["path"], *(f"{key} {value}" for key, value in build.items())])
 
 

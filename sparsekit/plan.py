@@ -92,7 +92,8 @@ def choose(thunks: Mapping[str, Callable[[], object]], key: str | None = None) -
 def cache_key(where: torch.device, *parts: object) -> str:
     """A cache key that changes with everything a timing depends on: device, threads, versions, ``parts``."""
     build = (_native.status()["build"] or {}) if where.type == "cpu" else {}
-    versions = (torch.__version__, build.get("version"), build.get("schemas"), build.get("active_isa"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    versions = (torch.__version__, capability, build.get("version"), build.get("schemas"), build.get("active_isa"))
     return "|".join(map(str, (device.describe(where), torch.get_num_threads(), *versions, *parts)))
 
 

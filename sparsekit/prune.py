@@ -136,9 +136,10 @@ def prune_step(
     layers = prunable(model, exclude)
     shapes = {name: weight_of(module).shape for name, module in layers.items()}
     check_masks(masks, shapes)
-    alive = {
-        name: masks[name].clone() if name in masks else torch.ones(shapes[name], dtype=torch.bool) for name in layers
-    }
+    alive = {}
+    for name, module in layers.items():
+        place = weight_of(module).device
+        alive[name] = masks[name].to(place) if name in masks else torch.ones(shapes[name], dtype=torch.bool, device=place)
 
     def to_remove(names: list[str], share: float) -> int:
         return floor(share * sum(int(alive[name].sum()) for name in names) + 0.5)

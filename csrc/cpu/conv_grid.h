@@ -53,11 +53,16 @@ struct Mapping {
   int64_t sh, sw, oy, ox;
 
   int64_t row(int64_t a, int64_t phase) const { return a * sh + phase / sw - oy; }
-  // The positions of a row, within [begin, end), that fall inside a tensor `width` wide.
-  Span columns(int64_t phase, int64_t width, int64_t begin, int64_t end) const {
-    const int64_t shift = ox - phase % sw;
-    const int64_t low = std::min(end, std::max(begin, ceil_div(shift, sw)));
-    return {low, std::max(low, std::min(end, ceil_div(width + shift, sw)))};
+  // The rows or columns of positions, within [begin, end), that fall inside a tensor of that size.
+  Span rows(int64_t phase, int64_t size, int64_t begin, int64_t end) const {
+    return inside(oy - phase / sw, sh, size, begin, end);
+  }
+  Span columns(int64_t phase, int64_t size, int64_t begin, int64_t end) const {
+    return inside(ox - phase % sw, sw, size, begin, end);
+  }
+  static Span inside(int64_t shift, int64_t step, int64_t size, int64_t begin, int64_t end) {
+    const int64_t low = std::min(end, std::max(begin, ceil_div(shift, step)));
+    return {low, std::max(low, std::min(end, ceil_div(size + shift, step)))};
   }
   int64_t column(int64_t b, int64_t phase) const { return b * sw + phase % sw - ox; }
 };
@@ -92,86 +97,107 @@ struct Grid {
 
   // Copies samples [first, first + count) of channels [begin, end) of one group of samples.
   void fill(const Sheet& from, int64_t group, int64_t first, int64_t count, Span channels_span) const {
-    const int64_t begin = channels_span.begin, end = channels_span.end;
     for (int64_t phase = 0; phase < phases(); ++phase) {
-      if (from.channels_last()) {
-        for (int64_t a = 0; a < rows; ++a) fill_row_channels_last(from, group, first, count, begin, end, phase, a);
-      } else {
-        for (int64_t c = begin; c < end; ++c)
-          for (int64_t a = 0; a < rows; ++a) fill_row(from, group, first, count, c, phase, a);
-      }
-      for (int64_t c = begin; c < end; ++c) zero(at(group, c, phase, rows * pitch), plane - rows * pitch);
+      const Window w{phase, map.rows(phase, from.h, 0, rows), map.columns(phase, from.w, 0, pitch)};
+      for (int64_t c = channels_span.begin; c < channels_span.end; ++c) zero_margins(group, c, w);
+      if (w.a.begin == w.a.end || w.b.begin == w.b.end) continue;
+      if (lanes == 1) fill_flat(from, group, first, channels_span, w);
+      else if (from.channels_last()) fill_channels_last(from, group, first, count, channels_span, w);
+      else fill_planes(from, group, first, count, channels_span, w);
     }
   }
 
  private:
-  void zero(T* to, int64_t positions) const { std::fill_n(to, positions * lanes, T(0)); }
+  struct Window {  // the positions of a phase plane that are elements of the tensor
+    int64_t phase;
+    Span a, b;
+  };
 
-  // The valid columns of a row; all others of it become zero for every channel.
-  Span margins(const Sheet& from, int64_t group, int64_t begin, int64_t end, int64_t phase, int64_t a) const {
-    const int64_t y = map.row(a, phase);
-    Span valid = map.columns(phase, from.w, 0, pitch);
-    if (y < 0 || y >= from.h) valid = {0, 0};
-    for (int64_t c = begin; c < end; ++c) {
-      T* row = at(group, c, phase, a * pitch);
-      zero(row, valid.begin);
-      zero(row + valid.end * lanes, pitch - valid.end);
-    }
-    return valid;
+  void zero_margins(int64_t group, int64_t c, const Window& w) const {
+    const auto zero = [&](int64_t begin, int64_t end) {
+      std::fill_n(at(group, c, w.phase, begin), (end - begin) * lanes, T(0));
+    };
+    if (w.a.begin == w.a.end || w.b.begin == w.b.end) return zero(0, plane);
+    // What lies between one row's last element and the next row's first is contiguous.
+    zero(0, w.a.begin * pitch + w.b.begin);
+    for (int64_t a = w.a.begin; a + 1 < w.a.end; ++a) zero(a * pitch + w.b.end, (a + 1) * pitch + w.b.begin);
+    zero((w.a.end - 1) * pitch + w.b.end, plane);
   }
 
-  void fill_row(const Sheet& from, int64_t group, int64_t first, int64_t count, int64_t c, int64_t phase,
-                int64_t a) const {
-    const Span valid = margins(from, group, c, c + 1, phase, a);
-    if (valid.begin == valid.end) return;
-    T* to = at(group, c, phase, a * pitch + valid.begin);
-    void* source = from.at(first, c, map.row(a, phase), map.column(valid.begin, phase));
-    const int64_t step = from.stride_w * map.sw, length = valid.end - valid.begin;
-    if (lanes == 1)
-      kernels<T>().load[from.storage](to, source, step, length);
-    else
-      kernels<T>().pack[from.storage]({to, lanes, source, from.stride_n, step, count, length});
+  void fill_flat(const Sheet& from, int64_t group, int64_t first, Span channels_span, const Window& w) const {
+    const int64_t y = map.row(w.a.begin, w.phase), x = map.column(w.b.begin, w.phase);
+    for (int64_t c = channels_span.begin; c < channels_span.end; ++c)
+      kernels<T>().load[from.storage]({at(group, c, w.phase, w.a.begin * pitch + w.b.begin), pitch,
+                                       from.at(first, c, y, x), from.stride_h * map.sh, from.stride_w * map.sw,
+                                       w.a.end - w.a.begin, w.b.end - w.b.begin});
   }
 
-  void fill_row_channels_last(const Sheet& from, int64_t group, int64_t first, int64_t count, int64_t begin,
-                              int64_t end, int64_t phase, int64_t a) const {
-    const Span valid = margins(from, group, begin, end, phase, a);
-    const int64_t y = map.row(a, phase);
-    if (lanes == 1) {
-      for (int64_t c = begin; c < end && valid.begin < valid.end; ++c)
-        kernels<T>().load[from.storage](at(group, c, phase, a * pitch + valid.begin),
-                                        from.at(first, c, y, map.column(valid.begin, phase)),
-                                        from.stride_w * map.sw, valid.end - valid.begin);
-    } else {
-      for (int64_t b = valid.begin; b < valid.end; ++b)
-        kernels<T>().pack[from.storage]({at(group, begin, phase, a * pitch + b), channel_size(),
-                                         from.at(first, begin, y, map.column(b, phase)), from.stride_n, 1, count,
-                                         end - begin});
-    }
+  void fill_planes(const Sheet& from, int64_t group, int64_t first, int64_t count, Span channels_span,
+                   const Window& w) const {
+    const int64_t x = map.column(w.b.begin, w.phase), length = w.b.end - w.b.begin;
+    // A strided row is transposed as a whole, then every map.sw-th line of it is kept.
+    const bool strided = map.sw > 1 && from.stride_w == 1;
+    T* stage = strided ? Workspace::mine().get<T>(Workspace::kTile, length * map.sw * lanes) : nullptr;
+    for (int64_t c = channels_span.begin; c < channels_span.end; ++c)
+      for (int64_t a = w.a.begin; a < w.a.end; ++a) {
+        T* to = at(group, c, w.phase, a * pitch + w.b.begin);
+        void* source = from.at(first, c, map.row(a, w.phase), x);
+        if (strided) {
+          kernels<T>().pack[from.storage](
+              {stage, lanes, source, from.stride_n, 1, count, (length - 1) * map.sw + 1});
+          for (int64_t b = 0; b < length; ++b) std::copy_n(stage + b * map.sw * lanes, lanes, to + b * lanes);
+        } else {
+          kernels<T>().pack[from.storage](
+              {to, lanes, source, from.stride_n, from.stride_w * map.sw, count, length});
+        }
+      }
+  }
+
+  void fill_channels_last(const Sheet& from, int64_t group, int64_t first, int64_t count, Span channels_span,
+                          const Window& w) const {
+    const int64_t begin = channels_span.begin, channels_count = channels_span.end - begin;
+    for (int64_t a = w.a.begin; a < w.a.end; ++a)
+      for (int64_t b = w.b.begin; b < w.b.end; ++b)
+        kernels<T>().pack[from.storage]({at(group, begin, w.phase, a * pitch + b), channel_size(),
+                                         from.at(first, begin, map.row(a, w.phase), map.column(b, w.phase)),
+                                         from.stride_n, 1, count, channels_count});
   }
 };
 
-// Where a product is written: rows are (channel, phase) pairs of a tensor.
+// Where a product is written: its rows are (channel, phase) pairs of a tensor.
 template <class T>
 struct Target {
   Sheet sheet;
   Mapping map;
   int64_t lanes;
 
-  // Stores positions (a, begin .. end) of one row of `group`; `from` holds position `begin`.
-  void store(const T* from, int64_t row, int64_t first, int64_t count, int64_t a, int64_t begin, int64_t end) const {
-    const int64_t phases = map.sh * map.sw, channel = row / phases, phase = row % phases;
-    const int64_t y = map.row(a, phase);
-    const Span valid = map.columns(phase, sheet.w, begin, end);
-    if (y < 0 || y >= sheet.h || valid.begin == valid.end) return;
-    void* to = sheet.at(first, channel, y, map.column(valid.begin, phase));
-    const int64_t step = sheet.stride_w * map.sw, length = valid.end - valid.begin;
-    const T* source = from + (valid.begin - begin) * lanes;
-    if (lanes == 1)
-      kernels<T>().store[sheet.storage](to, step, source, length);
-    else
-      kernels<T>().unpack[sheet.storage](
-          {const_cast<T*>(source), lanes, to, sheet.stride_n, step, count, length});
+  // Stores positions (a, b) in a x [0, width) of rows [rows). Row r starts at from + (r - rows.begin) * stride;
+  // there, one row of positions is `pitch` positions.
+  void store(const T* from, int64_t stride, Span rows, int64_t first, int64_t count, Span a, int64_t width,
+             int64_t pitch) const {
+    const int64_t phases = map.sh * map.sw;
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const Span ya = map.rows(phase, sheet.h, a.begin, a.end), xb = map.columns(phase, sheet.w, 0, width);
+      if (ya.begin == ya.end || xb.begin == xb.end) continue;
+      const int64_t y = map.row(ya.begin, phase), x = map.column(xb.begin, phase);
+      const int64_t row_stride = sheet.stride_h * map.sh, step = sheet.stride_w * map.sw;
+      int64_t height = ya.end - ya.begin, length = xb.end - xb.begin;
+      if (length == pitch && row_stride == length * step) length *= height, height = 1;  // one long run
+      for (int64_t c = ceil_div(rows.begin - phase, phases); c * phases + phase < rows.end; ++c) {
+        const T* source = from + (c * phases + phase - rows.begin) * stride +
+                          ((ya.begin - a.begin) * pitch + xb.begin) * lanes;
+        T* packed = const_cast<T*>(source);
+        if (lanes == 1) {
+          kernels<T>().store[sheet.storage](
+              {packed, pitch, sheet.at(first, c, y, x), row_stride, step, height, length});
+        } else {
+          for (int64_t i = 0; i < height; ++i)
+            kernels<T>().unpack[sheet.storage]({packed + i * pitch * lanes, lanes,
+                                                sheet.at(first, c, y + i * map.sh, x), sheet.stride_n, step, count,
+                                                length});
+        }
+      }
+    }
   }
 };
 

@@ -64,9 +64,9 @@ OffsetTable<T> forward_table(const Conv& c, const Grid<T>& x, const Lists& lists
     }
     std::copy_n(lists.crow + rows.begin, count, table.bound(0) + rows.begin);
     for (int64_t t = 1; t < tiles; ++t)
-      kernels<T>().advance(lists.index, int32_t(lists.nnz), table.bound(t - 1) + rows.begin,
-                           lists.crow + rows.begin + 1, table.bound(t) + rows.begin, count,
-                           int32_t(t * per_tile * taps));
+      kernels<T>().advance(lists.index, table.bound(t - 1) + rows.begin, lists.crow + rows.begin + 1,
+                           table.bound(t) + rows.begin, count, int32_t((t - 1) * per_tile * taps),
+                           int32_t(t * per_tile * taps), int32_t(c.in_per_group() * taps));
     std::copy_n(lists.crow + rows.begin + 1, count, table.bound(tiles) + rows.begin);
   });
   table.bound(0)[lists.rows] = int32_t(lists.nnz);

@@ -1,129 +1,9 @@
 #include "csr_conv2d.h"
 
-#include "conv_table.h"
+#include "conv_product.h"
 
 namespace sparsekit {
 namespace {
-
-constexpr int64_t kBlockBytes = 24 << 20;  // padded activations held at a time
-
-// All samples of a call, cut into blocks of `groups` groups of `lanes` samples.
-struct Batch {
-  int64_t samples, lanes, groups;  // groups per block
-
-  template <class T>
-  static Batch of(const Conv& c) {
-    const int64_t full = (c.n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-    return {c.n, 10 * full <= 16 * c.n ? kLanes<T> : 1, 1};
-  }
-  void limit(int64_t bytes_per_group) {
-    groups = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(bytes_per_group, 1), 1, (samples + lanes - 1) / lanes);
-  }
-  // f(first sample, groups in this block)
-  template <class F>
-  void each_block(const F& f) const {
-    for (int64_t first = 0; first < samples; first += groups * lanes)
-      f(first, std::min(groups, (samples - first + lanes - 1) / lanes));
-  }
-  int64_t count(int64_t first, int64_t group) const { return std::min(lanes, samples - first - group * lanes); }
-};
-
-// The positions a product computes, as chunks a kernel can hold in registers.
-template <class T>
-struct Chunks {
-  int64_t lanes, height, width, pitch;  // positions (a < height, b < width), pitch of the operand planes
-  int64_t strips, strip_lines;          // a strip is one row, or a flat run when lanes == 1
-
-  Chunks(int64_t lanes, int64_t height, int64_t width, int64_t pitch)
-      : lanes(lanes), height(height), width(width), pitch(pitch) {
-    const int64_t widest = kernels<T>().max_lines;
-    if (lanes > 1) {
-      strips = height;
-      strip_lines = width;
-    } else {
-      const int64_t lines = ((height - 1) * pitch + width + kLanes<T> - 1) / kLanes<T>;
-      strips = (lines + widest - 1) / widest;
-      strip_lines = (lines + strips - 1) / strips;
-      strips = (lines + strip_lines - 1) / strip_lines;
-    }
-  }
-  // The first position of a strip and its lines.
-  int64_t position(int64_t strip) const { return lanes > 1 ? strip * pitch : strip * strip_lines * kLanes<T>; }
-  int64_t lines(int64_t strip) const {
-    if (lanes > 1) return width;
-    const int64_t all = ((height - 1) * pitch + width + kLanes<T> - 1) / kLanes<T>;
-    return std::min(strip_lines, all - strip * strip_lines);
-  }
-  // f(first line, lines) for near-equal pieces of a strip that fit the registers.
-  template <class F>
-  void each(int64_t strip, const F& f) const {
-    const int64_t total = lines(strip), pieces = (total + kernels<T>().max_lines - 1) / kernels<T>().max_lines;
-    for (int64_t i = 0; i < pieces; ++i) {
-      const Span s = cut(total, pieces, i);
-      f(s.begin, int(s.end - s.begin));
-    }
-  }
-  int64_t widest() const { return std::min<int64_t>(kernels<T>().max_lines, strip_lines); }
-};
-
-template <class T>
-double product_cost(const OffsetTable<T>& table, const Chunks<T>& chunks, int64_t groups) {
-  return 0.17 * double(table.nnz) * double(groups * chunks.strips * chunks.strip_lines);
-}
-
-// target = table x grid for one block.
-template <class T>
-struct BlockProduct {
-  const OffsetTable<T>& table;
-  const Grid<T>& grid;
-  const Chunks<T>& chunks;
-  const T* bias;
-  const Target<T>& target;
-
-  void run(const Batch& batch, int64_t first, int64_t groups) const {
-    const int64_t strips = groups * chunks.strips;
-    const int64_t parts = parts_for(product_cost(table, chunks, groups));
-    const int64_t splits = strips % parts == 0 || strips >= 8 * parts ? 1 : parts;
-    for_parts(parts, [&](int64_t part) {
-      const Span items = cut(strips * splits, parts, part);
-      for (int64_t item = items.begin; item < items.end; ++item) {
-        const int64_t strip = item / splits % chunks.strips, group = item / splits / chunks.strips;
-        strip_rows(group, strip, cut_rows(table.bound(0), table.rows, splits, item % splits, 1),
-                   first + group * grid.lanes, batch.count(first, group));
-      }
-    });
-  }
-
- private:
-  void strip_rows(int64_t group, int64_t strip, Span rows, int64_t sample, int64_t samples) const {
-    const int64_t count = rows.end - rows.begin;
-    if (count <= 0) return;
-    const int64_t stride = (chunks.lines(strip) | 1) * kLanes<T>;
-    T* tile = Workspace::mine().get<T>(Workspace::kTile, count * stride);
-    const T* base = grid.at(group, 0, 0, chunks.position(strip));
-    chunks.each(strip, [&](int64_t line, int lines) {
-      Product<T> p{base + line * kLanes<T>, table.offset, true, table.values, nullptr, nullptr, count,
-                   bias ? bias + rows.begin : nullptr, false, tile + line * kLanes<T>, stride};
-      for (int64_t t = 0; t < table.tiles; ++t) {
-        p.begin = table.bound(t) + rows.begin;
-        p.end = table.bound(t + 1) + rows.begin;
-        kernels<T>().product(p, lines);
-        p.accumulate = true;
-      }
-    });
-    for (int64_t r = rows.begin; r < rows.end; ++r) store(tile + (r - rows.begin) * stride, r, strip, sample, samples);
-  }
-
-  void store(const T* from, int64_t row, int64_t strip, int64_t sample, int64_t samples) const {
-    if (grid.lanes > 1) return target.store(from, row, sample, samples, strip, 0, chunks.width);
-    const int64_t begin = chunks.position(strip), end = begin + chunks.lines(strip) * kLanes<T>;
-    for (int64_t a = begin / chunks.pitch; a < chunks.height && a * chunks.pitch < end; ++a) {
-      const int64_t low = std::max<int64_t>(0, begin - a * chunks.pitch);
-      const int64_t high = std::min(chunks.width, end - a * chunks.pitch);
-      if (low < high) target.store(from + a * chunks.pitch + low - begin, row, sample, samples, a, low, high);
-    }
-  }
-};
 
 template <class T>
 void fill_grid(const Grid<T>& grid, const Sheet& from, const Batch& batch, int64_t first, int64_t groups) {
@@ -182,13 +62,13 @@ Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, cons
   Layout<T> layout(c);
   layout.batch.limit(layout.x.size() * int64_t(sizeof(T)));
   layout.x.allocate(Workspace::kX, layout.batch.groups);
-  const Chunks<T> chunks(layout.batch.lanes, c.oh, c.ow, layout.x.pitch);
-  const auto table = forward_table<T>(c, layout.x, lists, values_as<T>(values), chunks.widest());
+  const auto strips = Strips<T>::for_product(layout.batch.lanes, c.oh, c.ow, layout.x.pitch);
+  const auto table = forward_table<T>(c, layout.x, lists, values_as<T>(values), strips.widest());
   const Target<T> target{Sheet(out), {1, 1, 0, 0}, layout.batch.lanes};
   const Sheet x(x_tensor);
   layout.batch.each_block([&](int64_t first, int64_t groups) {
     fill_grid(layout.x, x, layout.batch, first, groups);
-    BlockProduct<T>{table, layout.x, chunks, bias, target}.run(layout.batch, first, groups);
+    BlockProduct<T>{table, layout.x, strips, bias, target}.run(layout.batch, first, groups);
   });
   Workspace::mine().trim();
   return out;
@@ -196,27 +76,24 @@ Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, cons
 
 // dvalues (+)= the survivors [span) of the weight gradient of one block.
 template <class T>
-void sddmm_span(const Layout<T>& layout, const OffsetTable<T>& table, const Chunks<T>& chunks, int64_t groups,
+void sddmm_span(const Layout<T>& layout, const OffsetTable<T>& table, const Strips<T>& strips, int64_t groups,
                 Span span, bool accumulate, T* dvalues) {
   if (span.begin >= span.end) return;
   const int32_t* crow = table.bound(0);
   const int64_t row = std::upper_bound(crow, crow + table.rows + 1, int32_t(span.begin)) - crow - 1;
   const int64_t row_end = std::lower_bound(crow, crow + table.rows + 1, int32_t(span.end)) - crow;
+  const int64_t corner = layout.top * layout.dy.pitch + layout.left;
   for (int64_t g = 0; g < groups; ++g)
-    for (int64_t strip = 0; strip < chunks.strips; ++strip) {
-      const T* x = layout.x.at(g, 0, 0, chunks.position(strip));
-      const int64_t corner = layout.top * layout.dy.pitch + layout.left;
-      const int64_t position = layout.batch.lanes > 1 ? strip * layout.dy.pitch : chunks.position(strip);
-      const T* dy = layout.dy.at(g, row, 0, corner + position);
-      chunks.each(strip, [&](int64_t line, int lines) {
-        for (int64_t t = 0; t < table.tiles; ++t)
-          kernels<T>().sddmm({x + line * kLanes<T>, table.offset, true, dy + line * kLanes<T>,
-                              layout.dy.channel_size(), table.bound(t) + row, table.bound(t + 1) + row, row_end - row,
-                              int32_t(span.begin), int32_t(span.end), accumulate, dvalues},
-                             lines);
-        accumulate = true;
-      });
-    }
+    strips.each(0, [&](int64_t a, int64_t b, int64_t, int lines) {
+      const T* x = layout.x.at(g, 0, 0, a * layout.x.pitch + b);
+      const T* dy = layout.dy.at(g, row, 0, corner + a * layout.dy.pitch + b);
+      for (int64_t t = 0; t < table.tiles; ++t)
+        kernels<T>().sddmm({x, table.offset, true, dy, layout.dy.channel_size(), table.bound(t) + row,
+                            table.bound(t + 1) + row, row_end - row, int32_t(span.begin), int32_t(span.end),
+                            accumulate, dvalues},
+                           lines);
+      accumulate = true;
+    });
 }
 
 // One element of the weight gradient, straight from the definition.
@@ -231,8 +108,8 @@ T exact_gradient(const Conv& c, const Sheet& dy, const Sheet& x, int64_t out, in
         const int64_t i = a * c.sh + r * c.dh - c.ph, j = b * c.sw + s * c.dw - c.pw;
         if (i < 0 || i >= c.h || j < 0 || j >= c.w) continue;
         T left, right;
-        kernels<T>().load[dy.storage](&left, dy.at(n, out, a, b), 1, 1);
-        kernels<T>().load[x.storage](&right, x.at(n, channel, i, j), 1, 1);
+        kernels<T>().load[dy.storage]({&left, 0, dy.at(n, out, a, b), 0, 1, 1, 1});
+        kernels<T>().load[x.storage]({&right, 0, x.at(n, channel, i, j), 0, 1, 1, 1});
         total += left * right;
       }
   return total;
@@ -271,31 +148,31 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Conv& c, const Tensor& dy_ten
     layout.dy.allocate(Workspace::kDy, layout.batch.groups);
     const Sheet dy(dy_tensor);
 
-    const Chunks<T> chunks(lanes, c.oh, c.ow, layout.x.pitch);
+    const auto strips = Strips<T>::whole(lanes, c.oh, c.ow, layout.x.pitch);
     std::optional<OffsetTable<T>> table, t_table;
     std::optional<Sheet> x;
     if (need.dvalues) {
       layout.x.allocate(Workspace::kX, layout.batch.groups);
       x.emplace(*x_tensor);
-      table = forward_table<T>(c, layout.x, lists, nullptr, chunks.widest());
+      table = forward_table<T>(c, layout.x, lists, nullptr, strips.widest());
     }
-    std::optional<Chunks<T>> t_chunks;
+    std::optional<Strips<T>> t_strips;
     std::optional<Target<T>> target;
     if (need.dx && dx.numel() > 0) {
-      t_chunks.emplace(lanes, layout.height_t, layout.width_t, layout.dy.pitch);
+      t_strips = Strips<T>::for_product(lanes, layout.height_t, layout.width_t, layout.dy.pitch);
       const Mapping map{c.sh, c.sw, c.ph - layout.first_a * c.sh, c.pw - layout.first_b * c.sw};
       target = Target<T>{Sheet(dx), map, lanes};
-      t_table = transposed_table<T>(c, layout.dy, t_lists, perm, *values, layout.corner(), t_chunks->widest());
+      t_table = transposed_table<T>(c, layout.dy, t_lists, perm, *values, layout.corner(), t_strips->widest());
     }
     layout.batch.each_block([&](int64_t first, int64_t groups) {
       fill_grid(layout.dy, dy, layout.batch, first, groups);
       if (need.dvalues) fill_grid(layout.x, *x, layout.batch, first, groups);
-      if (target) BlockProduct<T>{*t_table, layout.dy, *t_chunks, nullptr, *target}.run(layout.batch, first, groups);
-      const double dv_cost = need.dvalues ? product_cost(*table, chunks, groups) : 0;
+      if (target) BlockProduct<T>{*t_table, layout.dy, *t_strips, nullptr, *target}.run(layout.batch, first, groups);
+      const double dv_cost = need.dvalues ? product_cost(*table, strips, groups) : 0;
       const int64_t parts = parts_for(dv_cost + (need.dbias ? 0.03 * double(groups * layout.dy.size()) : 0));
       for_parts(parts, [&](int64_t part) {
         if (need.dvalues)
-          sddmm_span(layout, *table, chunks, groups, cut(lists.nnz, parts, part, kLanes<T>), first > 0, dv);
+          sddmm_span(layout, *table, strips, groups, cut(lists.nnz, parts, part, kLanes<T>), first > 0, dv);
         if (!need.dbias) return;
         const Span rows = cut(c.out, parts, part);
         for (int64_t r = rows.begin; r < rows.end; ++r)
@@ -308,8 +185,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Conv& c, const Tensor& dy_ten
     torch::stable::zero_(dx);
   }
   const Storage storage = storage_of(dy_tensor.scalar_type());
-  kernels<T>().store[storage](dvalues.mutable_data_ptr(), 1, dv, dvalues.numel());
-  kernels<T>().store[storage](dbias.mutable_data_ptr(), 1, db, dbias.numel());
+  kernels<T>().store[storage]({dv, 0, dvalues.mutable_data_ptr(), 0, 1, 1, dvalues.numel()});
+  kernels<T>().store[storage]({db, 0, dbias.mutable_data_ptr(), 0, 1, 1, dbias.numel()});
   Workspace::mine().trim();
   return {dx, dvalues, dbias};
 }
@@ -342,9 +219,9 @@ void set_channels(const char* op, Conv& c, int64_t in, int64_t out) {
 void set_input(const char* op, Conv& c, int64_t n, int64_t h, int64_t w) {
   c.n = n, c.h = h, c.w = w;
   const int64_t span_h = h + 2 * c.ph - c.dh * (c.kh - 1) - 1, span_w = w + 2 * c.pw - c.dw * (c.kw - 1) - 1;
-  STD_TORCH_CHECK(h > 0 && w > 0 && span_h >= 0 && span_w >= 0, op, ": Expected an input at least as large as the kernel, got ", h,
-                  "x", w, " padded by ", c.ph, "x", c.pw, " for a kernel of ", c.kh, "x", c.kw, " dilated by ", c.dh,
-                  "x", c.dw);
+  STD_TORCH_CHECK(h > 0 && w > 0 && span_h >= 0 && span_w >= 0, op,
+                  ": Expected an input at least as large as the kernel, got ", h, "x", w, " padded by ", c.ph,
+                  "x", c.pw, " for a kernel of ", c.kh, "x", c.kw, " dilated by ", c.dh, "x", c.dw);
   c.oh = span_h / c.sh + 1, c.ow = span_w / c.sw + 1;
 }
 
@@ -413,7 +290,8 @@ Tensor csr_conv2d_t(Tensor dy, Tensor values, Tensor t_crow, Tensor t_row, Tenso
   check_same_dtype(op, "values", values, "dy", dy);
   const int32_t* perm = check_transpose(op, c, t_lists, t_perm, values);
   return with_compute_type(dy, [&](auto zero) {
-    return std::get<0>(gradients<decltype(zero)>(c, dy, nullptr, &values, Lists{}, t_lists, perm, {true, false, false}));
+    const Needs need{true, false, false};
+    return std::get<0>(gradients<decltype(zero)>(c, dy, nullptr, &values, Lists{}, t_lists, perm, need));
   });
 }
 
@@ -426,7 +304,8 @@ Tensor csr_conv2d_sddmm(Tensor dy, Tensor x, Tensor crow, Tensor col, Ints kerne
   check_output(op, c, dy);
   check_same_dtype(op, "dy", dy, "x", x);
   return with_compute_type(x, [&](auto zero) {
-    return std::get<1>(gradients<decltype(zero)>(c, dy, &x, nullptr, lists, Lists{}, nullptr, {false, true, false}));
+    const Needs need{false, true, false};
+    return std::get<1>(gradients<decltype(zero)>(c, dy, &x, nullptr, lists, Lists{}, nullptr, need));
   });
 }
 

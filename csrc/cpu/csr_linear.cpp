@@ -6,6 +6,7 @@ namespace sparsekit {
 namespace {
 
 constexpr int64_t kTileBytes = 32 << 10;   // the piece of a panel that should stay in L1
+constexpr int64_t kMinPerTile = 16;         // survivors per row that make a tile worth its partial sums
 constexpr int64_t kPackedBytes = 16 << 20;  // activations packed at a time
 
 double pack_cost(int64_t samples, int64_t features) { return 0.1 * double(samples) * double(features); }
@@ -17,6 +18,35 @@ int64_t samples_at_once(int64_t features, int64_t lines) {
   const int64_t panel = lines * kLanes<T>;
   return std::max<int64_t>(1, kPackedBytes / (int64_t(sizeof(T)) * panel * std::max<int64_t>(features, 1))) * panel;
 }
+
+// Features of a panel cut into pieces that stay in L1 while a block of rows walks over them.
+struct Tiles {
+  int64_t features, each, count;
+
+  // One tile when a row has too few survivors in each to pay for loading its partial sums again.
+  Tiles(int64_t features, int64_t bytes_per_feature, int64_t rows, int64_t survivors)
+      : features(features),
+        each(std::max<int64_t>(1, kTileBytes / bytes_per_feature)),
+        count((features + each - 1) / each) {
+    if (survivors < kMinPerTile * count * rows) each = std::max<int64_t>(features, 1), count = 1;
+  }
+
+  // f(begin, end) per tile, the bounds of its survivors for `rows` rows; crow points at the first row.
+  template <class T, class F>
+  void walk(const int32_t* crow, const int32_t* index, int64_t rows, const F& f) const {
+    if (count == 1) return f(crow, crow + 1);
+    int32_t* cursors = Workspace::mine().get<int32_t>(Workspace::kCursor, 2 * rows);
+    const int32_t* begin = crow;
+    for (int64_t t = 0; t + 1 < count; ++t) {
+      int32_t* end = cursors + (t % 2) * rows;
+      kernels<T>().advance(index, begin, crow + 1, end, rows, int32_t(t * each), int32_t((t + 1) * each),
+                           int32_t(features));
+      f(begin, end);
+      begin = end;
+    }
+    f(begin, crow + 1);
+  }
+};
 
 // y[samples, rows] = panels x survivors, for one panel and the rows of a span.
 template <class T>
@@ -30,34 +60,23 @@ struct PanelProduct {
   void run(int64_t i, Span rows) const {
     if (rows.begin >= rows.end) return;
     const int64_t width = panels.width_of(i);
-    const int64_t tile_features = std::max<int64_t>(1, kTileBytes / (width * int64_t(sizeof(T))));
-    const int64_t tiles = (panels.features + tile_features - 1) / tile_features;
-    const int64_t survivors = lists.crow[rows.end] - lists.crow[rows.begin];
-    // With few survivors per row and tile, reloading partial sums costs more than L1 hits save.
-    const bool tiled = tiles > 1 && survivors >= 6 * tiles * (rows.end - rows.begin);
-    const int64_t block = tiled ? 256 : 64;
-    T* tile = Workspace::mine().get<T>(Workspace::kTile, block * width);
-    int32_t* cursors = Workspace::mine().get<int32_t>(Workspace::kCursor, 2 * block);
+    const Tiles tiles(panels.features, width * int64_t(sizeof(T)), rows.end - rows.begin,
+                      lists.crow[rows.end] - lists.crow[rows.begin]);
+    const int64_t block = tiles.count > 1 ? 256 : 64;
+    T* result = Workspace::mine().get<T>(Workspace::kTile, block * width);
     for (int64_t r = rows.begin; r < rows.end; r += block) {
       const int64_t count = std::min(block, rows.end - r);
-      Product<T> p{panels.panel(i), lists.index, false, values, lists.crow + r, lists.crow + r + 1,
-                   count, bias ? bias + r : nullptr, false, tile, width};
-      if (tiled) {
-        for (int64_t t = 0; t < tiles; ++t) {
-          int32_t* next = cursors + (t % 2) * block;
-          kernels<T>().advance(lists.index, int32_t(lists.nnz), p.begin, lists.crow + r + 1, next, count,
-                               int32_t((t + 1) * tile_features));
-          p.end = next;
-          kernels<T>().product(p, int(panels.lines_of(i)));
-          p.begin = next;
-          p.accumulate = true;
-        }
-      } else {
+      Product<T> p{panels.panel(i), lists.index, false, values, nullptr, nullptr,
+                   count, bias ? bias + r : nullptr, false, result, width};
+      tiles.walk<T>(lists.crow + r, lists.index, count, [&](const int32_t* begin, const int32_t* end) {
+        p.begin = begin;
+        p.end = end;
         kernels<T>().product(p, int(panels.lines_of(i)));
-      }
+        p.accumulate = true;
+      });
       panels.each_line(i, [&](int64_t sample, int64_t line, int64_t lanes) {
         kernels<T>().unpack[y.storage](
-            {tile + line * kLanes<T>, width, y.at(sample, r), y.sample_stride, y.feature_stride, lanes, count});
+            {result + line * kLanes<T>, width, y.at(sample, r), y.sample_stride, y.feature_stride, lanes, count});
       });
     }
   }
@@ -80,9 +99,16 @@ void sddmm_span(const Panels<T>& dy, const Panels<T>& x, const Lists& lists, Spa
   const int64_t row_end = std::lower_bound(crow, crow + lists.rows + 1, int32_t(span.end)) - crow;
   for (int64_t i = 0; i < x.count; ++i) {
     const int64_t width = x.width_of(i);
-    kernels<T>().sddmm({x.panel(i), lists.index, false, dy.panel(i) + row * width, width, crow + row, crow + row + 1,
-                        row_end - row, int32_t(span.begin), int32_t(span.end), accumulate || i > 0, dvalues},
-                       int(x.lines_of(i)));
+    const Tiles tiles(x.features, width * int64_t(sizeof(T)), row_end - row, span.end - span.begin);
+    constexpr int64_t kBlock = 256;
+    for (int64_t r = row; r < row_end; r += kBlock) {
+      const int64_t count = std::min(kBlock, row_end - r);
+      tiles.walk<T>(crow + r, lists.index, count, [&](const int32_t* begin, const int32_t* end) {
+        kernels<T>().sddmm({x.panel(i), lists.index, false, dy.panel(i) + r * width, width, begin, end, count,
+                            int32_t(span.begin), int32_t(span.end), accumulate || i > 0, dvalues},
+                           int(x.lines_of(i)));
+      });
+    }
   }
 }
 
@@ -98,27 +124,7 @@ void bias_gradient(const Panels<T>& dy, Span rows, bool accumulate, T* dbias) {
   }
 }
 
-// One sample needs no packing: rows are plain dot products.
-template <class T>
-void single(const Matrix& x, const Lists& lists, const T* values, const T* bias, const Matrix& y) {
-  const T* row = reinterpret_cast<const T*>(x.data);
-  if (x.storage != kNative || x.feature_stride != 1) {
-    T* copy = Workspace::mine().get<T>(Workspace::kX, x.features);
-    kernels<T>().load[x.storage](copy, x.data, x.feature_stride, x.features);
-    row = copy;
-  }
-  T* out = y.storage == kNative ? reinterpret_cast<T*>(y.data) : Workspace::mine().get<T>(Workspace::kStage, lists.rows);
-  const int64_t parts = parts_for(0.35 * double(lists.nnz));
-  for_parts(parts, [&](int64_t part) {
-    const Span rows = cut_rows(lists.crow, lists.rows, parts, part, kLanes<T>);
-    if (rows.begin >= rows.end) return;
-    kernels<T>().dot({row, lists.index, false, values, lists.crow + rows.begin, lists.crow + rows.begin + 1,
-                      rows.end - rows.begin, bias ? bias + rows.begin : nullptr, false, out + rows.begin, 1});
-  });
-  if (y.storage != kNative) kernels<T>().store[y.storage](y.data, 1, out, lists.rows);
-}
-
-// values[perm[p]] as T, a share of the survivors at a time.
+// values[perm[p]] as T, gathered by whoever needs them.
 template <class T>
 struct Permuted {
   const Tensor& values;
@@ -126,12 +132,34 @@ struct Permuted {
   T* data;
   Permuted(const Tensor& values, const int32_t* perm, int64_t nnz)
       : values(values), perm(perm), data(Workspace::mine().get<T>(Workspace::kTable, nnz)) {}
-  void fill_part(int64_t nnz, int64_t parts, int64_t part) const {
-    const Span span = cut(nnz, parts, part, 16);
+  void fill(Span span) const {
     kernels<T>().gather[storage_of(values.scalar_type())](data + span.begin, values.const_data_ptr(),
                                                           perm + span.begin, span.end - span.begin);
   }
 };
+
+// One sample needs no packing: rows are plain dot products.
+template <class T>
+void single(const Matrix& x, const Lists& lists, const T* values, const Permuted<T>* permuted, const T* bias,
+            const Matrix& y) {
+  const T* row = reinterpret_cast<const T*>(x.data);
+  if (x.storage != kNative || x.feature_stride != 1) {
+    T* copy = Workspace::mine().get<T>(Workspace::kX, x.features);
+    kernels<T>().load[x.storage]({copy, 0, x.data, 0, x.feature_stride, 1, x.features});
+    row = copy;
+  }
+  T* out = reinterpret_cast<T*>(y.data);
+  if (y.storage != kNative) out = Workspace::mine().get<T>(Workspace::kStage, lists.rows);
+  const int64_t parts = parts_for((permuted ? 1.0 : 0.3) * double(lists.nnz));
+  for_parts(parts, [&](int64_t part) {
+    const Span rows = cut_rows(lists.crow, lists.rows, parts, part, kLanes<T>);
+    if (rows.begin >= rows.end) return;
+    if (permuted) permuted->fill({lists.crow[rows.begin], lists.crow[rows.end]});
+    kernels<T>().dot({row, lists.index, false, values, lists.crow + rows.begin, lists.crow + rows.begin + 1,
+                      rows.end - rows.begin, bias ? bias + rows.begin : nullptr, false, out + rows.begin, 1});
+  });
+  if (y.storage != kNative) kernels<T>().store[y.storage]({out, 0, y.data, 0, 1, 1, lists.rows});
+}
 
 // y = x W^T + bias over the survivors listed by output; perm, if any, says where their values are.
 template <class T>
@@ -144,8 +172,7 @@ Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists
   if (perm) permuted.emplace(values, perm, lists.nnz);
   const T* v = perm ? permuted->data : values_as<T>(values);
   if (x.samples == 1) {
-    if (perm) permuted->fill_part(lists.nnz, 1, 0);
-    single<T>(x, lists, v, bias, y);
+    single<T>(x, lists, v, perm ? &*permuted : nullptr, bias, y);
     Workspace::mine().trim();
     return out;
   }
@@ -157,7 +184,7 @@ Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists
     const int64_t packers = parts_for(pack_cost(count, x.features) + (gather ? double(lists.nnz) : 0));
     for_parts(packers, [&](int64_t part) {
       panels.fill_part(x, packers, part);
-      if (gather) permuted->fill_part(lists.nnz, packers, part);
+      if (gather) permuted->fill(cut(lists.nnz, packers, part, kLanes<T>));
     });
     const int64_t parts = parts_for(product_cost(lists.nnz, count));
     const PanelProduct<T> product{panels, lists, v, bias, y};
@@ -247,11 +274,12 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tens
     const Panels<T> dy_panels(Workspace::kDy, dy.features, first, count, lines);
     const Panels<T> x_panels(Workspace::kX, need.dvalues ? x.features : 0, first, count, lines);
     const bool gather = need.dx && first == 0;
-    const int64_t packers = parts_for(pack_cost(count, dy.features + x_panels.features) + (gather ? double(lists.nnz) : 0));
+    const double gather_cost = gather ? double(lists.nnz) : 0;
+    const int64_t packers = parts_for(pack_cost(count, dy.features + x_panels.features) + gather_cost);
     for_parts(packers, [&](int64_t part) {
       dy_panels.fill_part(dy, packers, part);
       if (need.dvalues) x_panels.fill_part(x, packers, part);
-      if (gather) permuted->fill_part(t_lists.nnz, packers, part);
+      if (gather) permuted->fill(cut(t_lists.nnz, packers, part, kLanes<T>));
     });
     const double products = double(need.dx) + double(need.dvalues);
     const int64_t parts = parts_for(products * product_cost(lists.nnz, count) + 0.05 * double(dy.features * count));

@@ -59,6 +59,16 @@ struct Transfer {
   int64_t lanes, count;
 };
 
+// `rows` rows of `count` elements: contiguous on the packed side, any strides on the tensor side.
+template <class T>
+struct Rows {
+  T* packed;
+  int64_t packed_stride;
+  void* tensor;
+  int64_t row_stride, step;
+  int64_t rows, count;
+};
+
 template <class T>
 struct Kernels {
   int max_lines;    // widest product/sddmm, in lines
@@ -68,16 +78,17 @@ struct Kernels {
   void (*sddmm)(const Sddmm<T>&, int lines);
   // y[row] = bias[row] + sum values[p] * x[index[p]]
   void (*dot)(const Product<T>&);
-  // cursor_out[row] = first p >= cursor[row] with p == end[row] or index[p] >= limit
-  void (*advance)(const int32_t* index, int32_t total, const int32_t* cursor, const int32_t* end,
-                  int32_t* cursor_out, int64_t rows, int32_t limit);
+  // cursor_out[row] = first p >= cursor[row] with p == end[row] or index[p] >= limit, where the indices from
+  // cursor[row] to end[row] lie in [first, last).
+  void (*advance)(const int32_t* index, const int32_t* cursor, const int32_t* end, int32_t* cursor_out, int64_t rows,
+                  int32_t first, int32_t limit, int32_t last);
   T (*sum)(const T*, int64_t count);
 
   // Indexed by Storage.
   void (*pack[3])(const Transfer<T>&);    // unused lanes become zero
   void (*unpack[3])(const Transfer<T>&);  // unused lanes are not written
-  void (*load[3])(T* to, const void* from, int64_t step, int64_t count);
-  void (*store[3])(void* to, int64_t step, const T* from, int64_t count);
+  void (*load[3])(const Rows<T>&);        // tensor to packed
+  void (*store[3])(const Rows<T>&);       // packed to tensor
   void (*gather[3])(T* to, const void* from, const int32_t* which, int64_t count);
 };
 

@@ -90,40 +90,64 @@ void sddmm(const Sddmm<T>& a) {
   }
 }
 
+// Scalar on purpose: a gather instruction is no faster than its loads. gcc must not try to vectorise this, it
+// shuffles itself to a halt.
 template <class T>
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("no-tree-vectorize", "no-tree-slp-vectorize")))
+#endif
 void dot(const Product<T>& a) {
   const T* x = a.base;
+  const T* values = a.values;
+  const int32_t* index = a.index;
   for (int64_t r = 0; r < a.rows; ++r) {
     int32_t p = a.begin[r];
     const int32_t end = a.end[r];
-    T sum[4] = {a.bias ? a.bias[r] : T(0), 0, 0, 0};
-    for (; p + 4 <= end; p += 4) {
-      sum[0] += a.values[p] * x[a.index[p]];
-      sum[1] += a.values[p + 1] * x[a.index[p + 1]];
-      sum[2] += a.values[p + 2] * x[a.index[p + 2]];
-      sum[3] += a.values[p + 3] * x[a.index[p + 3]];
+    T s0 = a.bias ? a.bias[r] : T(0), s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
+    for (; p + 8 <= end; p += 8) {
+      s0 += values[p] * x[index[p]];
+      s1 += values[p + 1] * x[index[p + 1]];
+      s2 += values[p + 2] * x[index[p + 2]];
+      s3 += values[p + 3] * x[index[p + 3]];
+      s4 += values[p + 4] * x[index[p + 4]];
+      s5 += values[p + 5] * x[index[p + 5]];
+      s6 += values[p + 6] * x[index[p + 6]];
+      s7 += values[p + 7] * x[index[p + 7]];
     }
-    for (; p < end; ++p) sum[0] += a.values[p] * x[a.index[p]];
-    a.y[r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (; p < end; ++p) s0 += values[p] * x[index[p]];
+    a.y[r] = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7));
   }
 }
 
-void advance(const int32_t* index, int32_t total, const int32_t* cursor, const int32_t* end,
-             int32_t* cursor_out, int64_t rows, int32_t limit) {
+// How many of the 16 ascending integers at p are below limit.
+SK_INLINE int32_t count_below(const int32_t* p, int32_t limit) {
+#if defined(__AVX512F__)
+  return __builtin_popcount(_mm512_cmplt_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(limit)));
+#else
+  int32_t below = 0;
+  for (int i = 0; i < 16; ++i) below += p[i] < limit;
+  return below;
+#endif
+}
+
+void advance(const int32_t* index, const int32_t* cursor, const int32_t* end, int32_t* cursor_out, int64_t rows,
+             int32_t first, int32_t limit, int32_t last) {
+  // Survivors are spread nearly evenly, so the boundary is near cursor + share * rest: look there first.
+  const float share = float(limit - first) / float(last - first > 0 ? last - first : 1);
   for (int64_t r = 0; r < rows; ++r) {
-    int32_t p = cursor[r];
-    const int32_t e = end[r];
-    // Indices ascend within a row, so counting the small ones in a window finds the boundary.
-    while (p < e) {
-      if (p + 16 > total) {
-        while (p < e && index[p] < limit) ++p;
-        break;
+    const int32_t begin = cursor[r], e = end[r];
+    int32_t p = begin + int32_t(float(e - begin) * share) - 8;
+    p = p < begin ? begin : p;
+    if (p + 16 <= e) {
+      const int32_t below = count_below(index + p, limit);
+      if (below > 0 && below < 16) {
+        cursor_out[r] = p + below;
+        continue;
       }
-      int32_t below = 0;
-      for (int i = 0; i < 16; ++i) below += (p + i < e) & (index[p + i] < limit);
-      p += below;
-      if (below < 16) break;
+      if (below == 16) p += 16;
     }
+    while (p > begin && index[p - 1] >= limit) --p;
+    while (p < e && index[p] < limit) ++p;
     cursor_out[r] = p;
   }
 }
@@ -223,21 +247,35 @@ void unpack(const Transfer<T>& t) {
 }
 
 template <class T, class St>
-void load(T* to, const void* tensor, int64_t step, int64_t count) {
-  const auto* from = static_cast<const typename St::Element*>(tensor);
-  int64_t i = 0;
-  if (step == 1)
-    for (; i + Simd<T>::width <= count; i += Simd<T>::width) Simd<T>::store(to + i, St::load(from + i));
-  for (; i < count; ++i) to[i] = St::get(from[i * step]);
+void load(const Rows<T>& t) {
+  using S = Simd<T>;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const auto* from = static_cast<const typename St::Element*>(t.tensor) + r * t.row_stride;
+    T* to = t.packed + r * t.packed_stride;
+    int64_t i = 0;
+    if (t.step == 1) {
+      for (; i + S::width <= t.count; i += S::width) S::store(to + i, St::load(from + i));
+      if (i < t.count) store_part<T, Native<T>>(to + i, load_part<T, St>(from + i, int(t.count - i)), int(t.count - i));
+    } else {
+      for (; i < t.count; ++i) to[i] = St::get(from[i * t.step]);
+    }
+  }
 }
 
 template <class T, class St>
-void store(void* tensor, int64_t step, const T* from, int64_t count) {
-  auto* to = static_cast<typename St::Element*>(tensor);
-  int64_t i = 0;
-  if (step == 1)
-    for (; i + Simd<T>::width <= count; i += Simd<T>::width) St::store(to + i, Simd<T>::load(from + i));
-  for (; i < count; ++i) to[i * step] = St::put(from[i]);
+void store(const Rows<T>& t) {
+  using S = Simd<T>;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    auto* to = static_cast<typename St::Element*>(t.tensor) + r * t.row_stride;
+    const T* from = t.packed + r * t.packed_stride;
+    int64_t i = 0;
+    if (t.step == 1) {
+      for (; i + S::width <= t.count; i += S::width) St::store(to + i, S::load(from + i));
+      if (i < t.count) store_part<T, St>(to + i, load_part<T, Native<T>>(from + i, int(t.count - i)), int(t.count - i));
+    } else {
+      for (; i < t.count; ++i) to[i * t.step] = St::put(from[i]);
+    }
+  }
 }
 
 template <class T, class St>

@@ -42,9 +42,9 @@ inline void check_float(const char* op, const char* name, const Tensor& t) {
 
 inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name,
                              const Tensor& other) {
-  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type() && t.is_cpu(), op, ": Expected ", name, " to have the dtype of ",
-                  other_name, " (", torch::headeronly::toString(other.scalar_type()), ") on the CPU, got ",
-                  torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type() && t.is_cpu(), op, ": Expected ", name,
+                  " to have the dtype of ", other_name, " (", torch::headeronly::toString(other.scalar_type()),
+                  ") on the CPU, got ", torch::headeronly::toString(t.scalar_type()));
 }
 
 inline const int32_t* check_index(const char* op, const char* name, const Tensor& t) {
@@ -94,7 +94,7 @@ const T* values_as(const Tensor& values) {
   const Storage storage = storage_of(values.scalar_type());
   if (storage == kNative) return static_cast<const T*>(values.const_data_ptr());
   T* copy = Workspace::mine().get<T>(Workspace::kValues, values.numel());
-  kernels<T>().load[storage](copy, values.const_data_ptr(), 1, values.numel());
+  kernels<T>().load[storage]({copy, 0, const_cast<void*>(values.const_data_ptr()), 0, 1, 1, values.numel()});
   return copy;
 }
 
@@ -109,7 +109,8 @@ const T* bias_as(const char* op, const std::optional<Tensor>& bias, const Tensor
   const Storage storage = storage_of(bias->scalar_type());
   if (storage == kNative && (size <= 1 || bias->stride(0) == 1)) return static_cast<const T*>(bias->const_data_ptr());
   copy.resize(size_t(size));
-  kernels<T>().load[storage](copy.data(), bias->const_data_ptr(), size ? bias->stride(0) : 1, size);
+  kernels<T>().load[storage](
+      {copy.data(), 0, const_cast<void*>(bias->const_data_ptr()), 0, size ? bias->stride(0) : 1, 1, size});
   return copy.data();
 }
 
@@ -131,7 +132,8 @@ class Result {
   T* data() { return data_; }
   Tensor finish() {
     const Storage storage = storage_of(tensor_.scalar_type());
-    if (storage != kNative) kernels<T>().store[storage](tensor_.mutable_data_ptr(), 1, data_, tensor_.numel());
+    if (storage != kNative)
+      kernels<T>().store[storage]({data_, 0, tensor_.mutable_data_ptr(), 0, 1, 1, tensor_.numel()});
     return tensor_;
   }
 
