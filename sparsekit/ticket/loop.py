@@ -98,7 +98,7 @@ class Round:
 class TicketSearch:
     """The iterable that :func:`tickets` returns; ``summary`` holds the ledger as it grows."""
 
-    def __init__(self, model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl):
+    def __init__(self, model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl, note):
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
             raise ValueError(f"Expected rounds as a whole number of pruning rounds, got {rounds!r}")
         self.rewind, self.pattern = Rewind.parse(rewind), Pattern.parse(pattern)
@@ -114,7 +114,7 @@ class TicketSearch:
         }
         prune_step(model, {}, **self._how)  # bad arguments fail here, before anything is trained or written
         self._example_inputs, self._impl = example_inputs, impl
-        self._config_extra: dict[str, Any] = {}
+        self._note = dict(note or {})
         self._run_dir = run_dir
         self.point: Snapshot | None = None
         self.end: dict[str, Any] = {}
@@ -137,7 +137,7 @@ class TicketSearch:
             "exclude": [how["exclude"]] if isinstance(how["exclude"], str) else list(how["exclude"]),
             "impl": self._impl,
             "parameters": shapes,
-            **self._config_extra,
+            **self._note,
         }
 
     def density(self, masks: Mapping[str, Tensor]) -> float:
@@ -247,6 +247,7 @@ def tickets(
     exclude: Iterable[str] = (),
     example_inputs: Any = None,
     impl: str = "auto",
+    note: Mapping[str, Any] | None = None,
 ) -> TicketSearch:
     """Search for a winning ticket: ``for round in tickets(model): train(round.model)``.
 
@@ -264,11 +265,12 @@ def tickets(
             (on the CPU with as many threads, when training draws from torch's, numpy's or Python's
             global generators or from :meth:`Round.permutation`).
         example_inputs: as in :func:`sparsekit.convert`; also lets the ledger measure masked-dense steps.
+        note: JSON values kept in the run's configuration (data set, seed, …) and compared on relaunch.
 
     Raises: ValueError on bad arguments, or a run directory of another configuration, before training.
     """
     return TicketSearch(
-        model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl
+        model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl, note
     )
 
 

@@ -1,0 +1,110 @@
+"""The command line: ``sparsekit info | ticket | report | export | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code. Wrong input is one sentence on stderr and code 2."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
+        print(f"sparsekit {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"sparsekit {args.command}: interrupted; finished rounds are kept", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparsekit", description="Sparse kernels and winning tickets for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    info = commands.add_parser("info", help="what is installed, what is missing and how to get it")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+    ticket = commands.add_parser("ticket", help="search for a winning ticket")
+    ticket.add_argument("--model", required=True, help="lenet-300-100, mlp:64-1024-1024-10, conv2, conv4, conv6, digits-conv")
+    ticket.add_argument("--data", required=True, help="digits, mnist, fashion-mnist or cifar10")
+    ticket.add_argument("--data-dir", type=Path, help="where the data files are (default: $SPARSEKIT_DATA)")
+    ticket.add_argument("--rounds", type=int, default=12, help="pruning rounds after the dense one (default 12)")
+    ticket.add_argument(
+        "--rate",
+        type=float,
+        help="share of survivors removed per round, half of it in the output layer with --scope layer "
+        "(default: the paper's rates for the model)",
+    )
+    length = ticket.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, help="length of each training in epochs")
+    length.add_argument("--iterations", type=int, help="length of each training in steps (default: the paper's)")
+    ticket.add_argument("--pattern", default="unstructured", help="unstructured, block:RxC, N:M or channel")
+    ticket.add_argument("--criterion", default="magnitude", help="magnitude or random")
+    ticket.add_argument("--scope", default="layer", choices=("layer", "global"))
+    ticket.add_argument("--rewind", default="init", help="init, 500it, 2ep, lr or none")
+    ticket.add_argument("--control", default="none", choices=("none", "reinit"), help="train a control beside each ticket")
+    ticket.add_argument("--impl", default="auto", help="force one format: dense, compact or csr")
+    ticket.add_argument("--seed", type=int, default=0)
+    ticket.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    ticket.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    ticket.add_argument("--out", type=Path, required=True, help="run directory; an unfinished run goes on where it stopped")
+    ticket.set_defaults(run=_ticket)
+
+    report = commands.add_parser("report", help="write RUN/report.md with figures")
+    report.add_argument("run_dir", metavar="RUN", type=Path)
+    report.set_defaults(run=_report)
+
+    export = commands.add_parser("export", help="a run's ticket, or a packed file, as a packed or dense file")
+    export.add_argument("source", metavar="RUN|FILE", type=Path)
+    export.add_argument("--to", required=True, choices=("packed", "dense"))
+    export.add_argument("--round", type=int, help="which round of a run (default: the last finished)")
+    export.add_argument("-o", "--out", type=Path, required=True)
+    export.set_defaults(run=_export)
+
+    bench = commands.add_parser("bench", help="time sparse layers against dense ones, here")
+    bench.add_argument("suite", nargs="?", default="layers", help="layers (default), overhead or memory")
+    bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    bench.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    bench.add_argument("--json", type=Path, help="also write the rows to this file")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _info(args: argparse.Namespace) -> None:
+    from . import info
+
+    facts = info.collect()
+    print(json.dumps(facts, indent=1) if args.json else info.render(facts))
+
+
+def _ticket(args: argparse.Namespace) -> None:
+    from .ticket.command import search
+
+    search(args)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .report import write_report
+
+    print(write_report(args.run_dir))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .export import export_file
+
+    print(export_file(args.source, args.to, args.out, args.round))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from .bench import run
+
+    run(args.suite, args.device, args.threads, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
