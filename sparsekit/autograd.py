@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .format import Format
+from .format import Conv, Format, Index
 
 __all__ = ["Conv2dFunction", "LinearFunction"]
 
@@ -18,54 +18,50 @@ class LinearFunction(torch.autograd.Function):
     """``x Wᵀ + bias`` for ``x [N, in]``."""
 
     @staticmethod
-    def forward(ctx, x, values, bias, fmt: Format, shape, *index):
-        ctx.save_for_backward(x, values, *index)
-        ctx.fmt, ctx.shape = fmt, shape
+    def forward(ctx, x, values, bias, fmt: Format, shape, index: Index):
+        ctx.save_for_backward(x, values)
+        ctx.rest = fmt, shape, index  # constants of the layer: cheaper here than among the saved tensors
         return fmt.linear(x, values, bias, index, shape)
 
     @staticmethod
     def backward(ctx, dy):
-        x, values, *index = ctx.saved_tensors
+        x, values = ctx.saved_tensors
+        fmt, shape, index = ctx.rest
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            weight = _weight(ctx.fmt, values, index, torch.Size(ctx.shape))
-            dx = dy @ weight if needs[0] else None
-            dvalues = _gather(ctx.fmt, dy.t() @ x, index) if needs[1] else None
-            grads = dx, dvalues, dy.sum(0) if needs[2] else None
+            dx = dy @ _weight(fmt, values, index, shape) if needs[0] else None
+            dvalues = _gather(fmt, dy.t() @ x, index) if needs[1] else None
+            dbias = dy.sum(0) if needs[2] else None
         else:
-            index = _derived(ctx.fmt, index, ctx.shape)
-            grads = ctx.fmt.linear_backward(dy, x, values, index, ctx.shape, needs)
-        return _only(grads, needs) + (None,) * (2 + len(index))
+            index = _derived(fmt, index, shape) if needs[0] else index
+            dx, dvalues, dbias = fmt.linear_backward(dy, x, values, index, shape, needs)
+        return dx if needs[0] else None, dvalues if needs[1] else None, dbias if needs[2] else None, None, None, None
 
 
 class Conv2dFunction(torch.autograd.Function):
     """The convolution of ``x [N, C, H, W]`` with W, plus bias."""
 
     @staticmethod
-    def forward(ctx, x, values, bias, fmt: Format, shape, conv, *index):
-        ctx.save_for_backward(x, values, *index)
-        ctx.fmt, ctx.shape, ctx.conv = fmt, shape, conv
+    def forward(ctx, x, values, bias, fmt: Format, shape, index: Index, conv: Conv):
+        ctx.save_for_backward(x, values)
+        ctx.rest = fmt, shape, index, conv
         return fmt.conv2d(x, values, bias, index, shape, conv)
 
     @staticmethod
     def backward(ctx, dy):
-        x, values, *index = ctx.saved_tensors
-        needs, conv = ctx.needs_input_grad[:3], ctx.conv
+        x, values = ctx.saved_tensors
+        fmt, shape, index, conv = ctx.rest
+        needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            weight = _weight(ctx.fmt, values, index, torch.Size(ctx.shape))
+            weight = _weight(fmt, values, index, shape)
             dx = torch.nn.grad.conv2d_input(x.shape, weight, dy, *conv) if needs[0] else None
-            dvalues = None
-            if needs[1]:
-                dvalues = _gather(ctx.fmt, torch.nn.grad.conv2d_weight(x, ctx.shape, dy, *conv), index)
-            grads = dx, dvalues, dy.sum((0, 2, 3)) if needs[2] else None
+            dvalues = _gather(fmt, torch.nn.grad.conv2d_weight(x, shape, dy, *conv), index) if needs[1] else None
+            dbias = dy.sum((0, 2, 3)) if needs[2] else None
         else:
-            index = _derived(ctx.fmt, index, ctx.shape)
-            grads = ctx.fmt.conv2d_backward(dy, x, values, index, ctx.shape, conv, needs)
-        return _only(grads, needs) + (None,) * (3 + len(index))
-
-
-def _only(grads, needs):
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+            index = _derived(fmt, index, shape) if needs[0] else index
+            dx, dvalues, dbias = fmt.conv2d_backward(dy, x, values, index, shape, conv, needs)
+        grads = dx if needs[0] else None, dvalues if needs[1] else None, dbias if needs[2] else None
+        return *grads, None, None, None, None
 
 
 def _named(fmt: Format, index) -> dict[str, Tensor]:
@@ -78,11 +74,11 @@ def _derived(fmt: Format, index, shape):
         return index
     named = _named(fmt, index)
     named |= fmt.derive(named, shape)
-    return [named.get(name) for name in fmt.index_names]
+    return tuple(named.get(name) for name in fmt.index_names)
 
 
 def _weight(fmt: Format, values: Tensor, index, shape) -> Tensor:
-    return fmt.scatter(values, _named(fmt, index), shape)
+    return fmt.scatter(values, _named(fmt, index), torch.Size(shape))
 
 
 def _gather(fmt: Format, grad: Tensor, index) -> Tensor:

@@ -20,16 +20,18 @@ def sparse_linear(
     format's index tensors in the order of ``fmt.index_names``, ``shape`` = ``(out, in)``.
     Returns: ``[..., out]``. Raises: ValueError when the last dimension of x is not ``in``.
     """
-    if x.dim() == 0 or x.shape[-1] != shape[1]:
-        raise ValueError(f"Expected an input of shape [..., {shape[1]}], got {list(x.shape)}")
+    size = x.shape
+    if not size or size[-1] != shape[1]:
+        raise ValueError(f"Expected an input of shape [..., {shape[1]}], got {list(size)}")
     if torch.is_autocast_enabled(x.device.type):
         x, values, bias = _autocast(x, values, bias)
-    flat = x if x.dim() == 2 else x.reshape(-1, shape[1])
+    if len(size) != 2:
+        x = x.reshape(-1, shape[1])
     if torch.is_grad_enabled() and _differentiable(x, values, bias):
-        y = LinearFunction.apply(flat, values, bias, fmt, shape, *index)
+        y = LinearFunction.apply(x, values, bias, fmt, shape, index)
     else:
-        y = fmt.linear(flat, values, bias, index, shape)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], shape[0])
+        y = fmt.linear(x, values, bias, index, shape)
+    return y if len(size) == 2 else y.view(*size[:-1], shape[0])
 
 
 def sparse_conv2d(
@@ -58,7 +60,7 @@ def sparse_conv2d(
         x, values, bias = _autocast(x, values, bias)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     if torch.is_grad_enabled() and _differentiable(x, values, bias):
-        y = Conv2dFunction.apply(batch, values, bias, fmt, shape, conv, *index)
+        y = Conv2dFunction.apply(batch, values, bias, fmt, shape, index, conv)
     else:
         y = fmt.conv2d(batch, values, bias, index, shape, conv)
     return y if x.dim() == 4 else y.squeeze(0)

@@ -72,7 +72,7 @@ class Compact(Format):
 
     def sddmm(self, dy, x, index, shape):
         grad = dy.index_select(1, index[0]).t() @ x.index_select(1, index[1])
-        return grad if index[2] is None else grad.mul_(index[2])
+        return grad if index[2] is None else grad.mul_(index[2].view(torch.uint8))
 
     def conv2d(self, x, values, bias, index, shape, conv):
         rows, cols = index[0], index[1]
@@ -89,7 +89,7 @@ class Compact(Format):
         x, dy = x.index_select(1, index[1]), dy.index_select(1, index[0])
         weight = dy.new_empty(1).expand(dy.shape[1], x.shape[1], *shape[2:])
         grad = conv2d_backward(dy, x, weight, conv, (False, True, False))[1]
-        return grad if index[2] is None else grad.mul_(index[2])
+        return grad if index[2] is None else grad.mul_(index[2].view(torch.uint8))
 
 
 def _spread(y: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor, out: int) -> torch.Tensor:

@@ -54,6 +54,8 @@ class Csr(Format):
         return _ops.csr_sddmm.default(dy, x, index[0], index[1])
 
     def linear_backward(self, dy, x, values, index, shape, needs):
+        if not needs[0]:
+            index = _without_transpose(index)
         return _ops.csr_linear_backward.default(dy, x, values, *index, *needs)
 
     def conv2d(self, x, values, bias, index, shape, conv):
@@ -66,7 +68,14 @@ class Csr(Format):
         return _ops.csr_conv2d_sddmm.default(dy, x, index[0], index[1], shape[2:], *conv)
 
     def conv2d_backward(self, dy, x, values, index, shape, conv, needs):
+        if not needs[0]:
+            index = _without_transpose(index)
         return _ops.csr_conv2d_backward.default(dy, x, values, *index, shape[2:], *conv, *needs)
+
+
+def _without_transpose(index):
+    """The operators read the transposed index for the input gradient alone; a first layer never builds it."""
+    return (*index[:2], index[0], index[1], index[1])
 
 
 FORMAT = Csr()

@@ -58,7 +58,7 @@ class Dense(Format):
         return dy @ values
 
     def sddmm(self, dy, x, index, shape):
-        return (dy.t() @ x).mul_(index[0])
+        return (dy.t() @ x).mul_(_factor(index[0]))
 
     def conv2d(self, x, values, bias, index, shape, conv):
         return F.conv2d(x, values, bias, *conv)
@@ -69,11 +69,15 @@ class Dense(Format):
 
     def conv2d_sddmm(self, dy, x, index, shape, conv):
         weight = dy.new_empty(1).expand(shape)
-        return conv2d_backward(dy, x, weight, conv, (False, True, False))[1].mul_(index[0])
+        return conv2d_backward(dy, x, weight, conv, (False, True, False))[1].mul_(_factor(index[0]))
 
     def conv2d_backward(self, dy, x, values, index, shape, conv, needs):
         dx, dvalues, dbias = conv2d_backward(dy, x, values, conv, needs)
-        return dx, dvalues.mul_(index[0]) if needs[1] else None, dbias
+        return dx, dvalues.mul_(_factor(index[0])) if needs[1] else None, dbias
+
+
+def _factor(mask: torch.Tensor) -> torch.Tensor:
+    return mask.view(torch.uint8)  # torch multiplies by bytes three times as fast as by bools
 
 
 FORMAT = Dense()

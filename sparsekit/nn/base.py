@@ -65,16 +65,16 @@ class SparseModule(nn.Module):
             self.values.grad = None
 
     def derive(self) -> None:
-        """Build the index tensors that only the backward pass needs; called by itself when they are missing."""
+        """Build the index tensors that the input gradient needs; done by itself when one is first asked for."""
         index = {name: self._buffers[name] for name in formats.saved_names(self.format)}
         self._buffers.update(self.format.derive(index, self.shape))
 
-    def _index(self) -> formats.Index:
-        buffers, fmt = self._buffers, self.format
-        if fmt.derived_names and buffers[fmt.derived_names[0]] is None:
+    def _index(self, x: Tensor) -> formats.Index:
+        buffers, names = self._buffers, self.format.index_names
+        if x.requires_grad and buffers[names[-1]] is None and self.format.derived_names:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self.derive()
-        return tuple([buffers[name] for name in fmt.index_names])
+        return tuple([buffers[name] for name in names])
 
     def _saved_index(self) -> dict[str, Tensor]:
         buffers = self._buffers

@@ -87,8 +87,10 @@ class SparseConv2d(SparseModule):
         """``x [N, C, H, W]`` or ``[C, H, W]`` to ``[N, out, OH, OW]`` or ``[out, OH, OW]``."""
         if self._outer is not None:
             x = F.pad(x, self._outer, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        own = self._parameters  # a plain dict: nn.Module's attribute lookup costs as much as the checks below
+        values = own["values"] if "values" in own else self.values
         try:
-            return sparse_conv2d(x, self.values, self._index(), self.shape, self.format, self.bias, self._conv)
+            return sparse_conv2d(x, values, self._index(x), self.shape, self.format, own["bias"], self._conv)
         except ValueError as error:
             raise ValueError(f"{self.layer_name or type(self).__name__}: {error}") from None
 

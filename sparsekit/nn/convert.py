@@ -134,7 +134,10 @@ def _plan_layer(
     }
     if impl != "auto":
         sparse = sparse_class.from_dense(module, mask, impl, name)
-        return _finish(sparse, LayerPlan(**facts, chosen=impl, forced=True), training)
+        sparse.plan = LayerPlan(**facts, chosen=impl, forced=True)
+        if training and (x is None or x.requires_grad):
+            sparse.derive()
+        return sparse
 
     assumed = x is None
     if assumed:
@@ -144,7 +147,9 @@ def _plan_layer(
         if reason := fmt.unsupported(mask, getattr(module, "groups", 1)):
             rejected[fmt.name] = reason
             continue
-        candidates[fmt.name] = _finish(sparse_class.from_dense(module, mask, fmt.name, name), None, training)
+        candidates[fmt.name] = sparse_class.from_dense(module, mask, fmt.name, name)
+        if training and x.requires_grad:
+            candidates[fmt.name].derive()
     limit = _held_bytes(candidates["dense"], training)
     for other in [other for other in candidates if other != "dense"]:
         if (ratio := _held_bytes(candidates[other], training) / limit) > 1:
@@ -166,17 +171,11 @@ def _plan_layer(
                 if other == "dense"
                 else f"{us:.0f} us, {ratio:.2f}x dense at density {share:.3g}"
             )
-    plan = LayerPlan(
+    sparse = candidates[chosen]
+    sparse.plan = LayerPlan(
         **facts, chosen=chosen, us=times[chosen], dense_us=times["dense"],
         input_shape=tuple(x.shape), assumed=assumed, rejected=rejected,
     )  # fmt: skip
-    return _finish(candidates[chosen], plan, training)
-
-
-def _finish(sparse: SparseModule, plan: LayerPlan | None, training: bool) -> SparseModule:
-    sparse.plan = plan
-    if training:
-        sparse.derive()
     return sparse
 
 

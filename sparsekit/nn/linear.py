@@ -49,8 +49,10 @@ class SparseLinear(SparseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]``."""
+        own = self._parameters  # a plain dict: nn.Module's attribute lookup costs as much as the checks below
+        values = own["values"] if "values" in own else self.values
         try:
-            return sparse_linear(x, self.values, self._index(), self.shape, self.format, self.bias)
+            return sparse_linear(x, values, self._index(x), self.shape, self.format, own["bias"])
         except ValueError as error:
             raise ValueError(f"{self.layer_name or type(self).__name__}: {error}") from None
 

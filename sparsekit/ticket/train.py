@@ -77,10 +77,13 @@ class Fit:
 def make_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor, Tensor], None]:
     """One training step on a batch; sparse and masked-dense models are timed through the same function."""
 
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
     def step(x: Tensor, y: Tensor) -> None:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:  # what zero_grad does, without its profiling hooks
+            parameter.grad = None
 
     return step
 
@@ -194,11 +197,12 @@ def train_round(round_: Round, data: Dataset, training: Training, progress=None,
 def _masked_sampler(round_: Round, data: Dataset, training: Training, samples: list[float]) -> Callable[[], None]:
     twin = masked_dense(round_.model, round_.masks).train()
     step = make_step(twin, training.make_optimizer(twin))
-    batch = torch.arange(min(training.batch_size, len(data.train_y)), device=data.train_y.device)
+    batches = round_.permutation(len(data.train_y), 0).to(data.train_y.device).split(training.batch_size)
 
     def sample() -> None:
         with torch.random.fork_rng():
             for number in range(_WARM_STEPS + _SAMPLE_STEPS):
+                batch = batches[(len(samples) + number) % len(batches)]
                 start = time.perf_counter()
                 step(data.train_x.index_select(0, batch), data.train_y.index_select(0, batch))
                 if number >= _WARM_STEPS:
