@@ -1,0 +1,122 @@
+"""The whole search, sparse against masked-dense, both really run: LeNet-300-100 on MNIST by the paper's recipe.
+
+    python benchmarks/tickets.py --threads 2 --json out.json
+
+Frankle & Carbin (arXiv:1803.03635): Gaussian Glorot, Adam 1.2e-3, batch 60, 20 % per round and 10 % in
+the output layer, layerwise, reset to init. The rival is the best masked loop torch allows: weight * mask
+in the forward pass, fused Adam, the same step function, data order, evaluations and threads. Rounds of
+the two searches alternate, so drift of the machine hits both. Wall clock counts everything: training,
+evaluation, pruning, planning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from sparsekit import data, models, tickets
+from sparsekit.bench import environment
+from sparsekit.prune import prune_step
+from sparsekit.ticket.ledger import masked_dense
+from sparsekit.ticket.train import Training, fit
+
+
+class MaskedSearch:
+    """Iterative magnitude pruning as every other tool does it: dense weights, multiplied by masks."""
+
+    def __init__(self, model, rate) -> None:
+        self.init, self.rate, self.masks, self.trained = copy.deepcopy(model), rate, {}, None
+
+    def round(self, dataset, training, order) -> tuple[float, dict]:
+        """Prune, rewind and train one round; returns its wall-clock seconds and result."""
+        start = time.perf_counter()
+        if self.trained is not None:
+            self.masks = prune_step(self.trained, self.masks, self.rate, scope="layer")
+        twin = masked_dense(self.init, self.masks)
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                twin.get_parameter(name).mul_(mask)
+        result = fit(twin, dataset, training, order)
+        self.trained = copy.deepcopy(self.init)
+        self.trained.load_state_dict(twin.state_dict())
+        return time.perf_counter() - start, asdict(result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="default: $SPARSEKIT_DATA")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    dataset = data.load("mnist", args.data_dir)
+    model = models.build("lenet-300-100", seed=args.seed)
+    training = Training(args.iterations)
+    rate = models.rates("lenet-300-100")
+    torch.manual_seed(args.seed)
+    masked = MaskedSearch(model, rate)
+    rows = []
+    with tempfile.TemporaryDirectory() as run_dir, tempfile.TemporaryDirectory() as cache:
+        os.environ["SPARSEKIT_CACHE"] = cache  # planning is measured anew, and counted
+        search = tickets(
+            model, args.rounds, rate, rewind="init", run_dir=Path(run_dir) / "run",
+            example_inputs=dataset.train_x[: training.batch_size],
+        )  # fmt: skip
+        control_seconds = masked_seconds = 0.0
+        start = time.perf_counter()
+        for round_ in search:
+            ours = fit(round_.model, dataset, training, round_.permutation, round_.begin, round_.step)
+            round_.record(**asdict(ours))
+            now = time.perf_counter()
+            seconds, theirs = masked.round(dataset, training, round_.permutation)
+            masked_seconds += seconds
+            control = None
+            if round_.masks:
+                fresh = models.build("lenet-300-100", seed=args.seed + 1000 + round_.number)
+                control = asdict(fit(round_.variant(fresh), dataset, training, round_.permutation))
+            control_seconds += time.perf_counter() - now
+            rows.append(
+                {
+                    "round": round_.number, "density": round_.density, "sparse": asdict(ours), "masked": theirs,
+                    "control": control, "step_ratio": theirs["train_seconds"] / ours.train_seconds,
+                }
+            )  # fmt: skip
+            reinit = f"{100 * control['test_accuracy']:.2f}" if control else "-"
+            print(
+                f"round {round_.number:2d}  {100 * round_.density:5.1f} %  accuracy {100 * ours.test_accuracy:.2f} "
+                f"(masked {100 * theirs['test_accuracy']:.2f}, re-init {reinit})  step {ours.step_us:.0f} us "
+                f"(masked {theirs['step_us']:.0f} us)  {rows[-1]['step_ratio']:.2f}x",
+                flush=True,
+            )
+        wall = time.perf_counter() - start - control_seconds
+    late = [row for row in rows if row["density"] < 0.14]
+    total = {
+        "wall_seconds": wall,
+        "masked_wall_seconds": masked_seconds,
+        "ratio": masked_seconds / wall,
+        "late_ratio": sum(r["masked"]["train_seconds"] for r in late) / max(1e-9, sum(r["sparse"]["train_seconds"] for r in late)),
+    }  # fmt: skip
+    print(
+        f"whole search {wall:.1f} s, masked dense {masked_seconds:.1f} s: {total['ratio']:.2f}x; "
+        f"training in rounds under 14 %: {total['late_ratio']:.2f}x ({args.threads} threads)"
+    )
+    if args.json:
+        args.json.write_text(
+            json.dumps({"environment": environment(), "threads": args.threads, "rounds": rows, "total": total}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
