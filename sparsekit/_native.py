@@ -1,9 +1,10 @@
-"""Finds and loads the native library; the package works without it, slower."""
+"""Finds and loads the native library; the package works without it, slower. SPARSEKIT_NATIVE=0 switches it off."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ def status() -> dict:
 
 def _try_load() -> dict:
     missing = {"loaded": False, "path": None, "build": None}
+    if os.environ.get("SPARSEKIT_NATIVE") == "0":
+        return missing | {"reason": "the native library is switched off by SPARSEKIT_NATIVE=0"}
     if not _PATH.exists():
         return missing | {"reason": f"the native library was not built; {_HOW}"}
     if _PATH.with_suffix(".json").exists():

@@ -2,15 +2,16 @@
 
 A *portable state* is a dense state dict in which every masked weight ``W`` became its survivors in
 row-major order under the same name, with the mask bit-packed under ``W#mask`` and the dense shape in
-the header. It belongs to no format, so any device can load it.
+the header, next to a digest of the masks. It belongs to no format, so any device can load it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .mask import Masks, pack_bits, unpack_bits
+from .mask import Masks, density, digest, pack_bits, unpack_bits
 
-__all__ = ["pack_state", "read_json", "read_tensors", "unpack_state", "write_json", "write_tensors"]
+__all__ = ["PARTIAL", "pack_state", "read_json", "read_tensors", "unpack_state", "write_json", "write_tensors"]
 
 KIND, VERSION = "sparsekit", 1
+PARTIAL = ".partial"
+"""Hidden files and folders that end so were being written when their process died."""
 _BITS = "#mask"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header to a safetensors file; an interrupted write leaves the old file."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> None:
+    """Write a safetensors file in one step; an interrupted write leaves the old file.
+
+    With a JSON ``header`` :func:`read_tensors` reads it back; without, it is plain, for anyone's loader.
+    """
     path = Path(path)
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {KIND: json.dumps({"version": VERSION, **header})}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(own, temporary, metadata)
-        _publish(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    metadata = {"format": "pt"}  # several loaders ask for it
+    if header is not None:
+        metadata[KIND] = json.dumps({"version": VERSION, **header})
+    with _replacing(path) as temporary:
+        try:
+            save_file(own, temporary, metadata)
+        except SafetensorError as error:  # a full disk among others
+            raise OSError(f"{path}: Expected to write a file, got {error}") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -61,7 +66,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         header = json.loads(metadata[KIND])
         version = int(header["version"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path}: Expected a JSON header with a version, got {metadata[KIND][:80]!r}") from None
     if version > VERSION:
         raise ValueError(f"{path}: Expected file version {VERSION} or older, got {version}; upgrade sparsekit")
@@ -70,35 +75,44 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step; an interrupted write leaves the old file."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-        _publish(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with _replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
 
 
 def read_json(path: Path) -> Any:
     """Read JSON; raises ValueError naming the file when it is torn."""
     try:
-        return json.loads(Path(path).read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: Expected JSON, got a torn or foreign file ({error})") from None
 
 
-def _publish(temporary: str, path: Path) -> None:
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to: it becomes ``path`` when the block ends well and goes away when not."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: Expected the name of a file, got a directory")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: Expected a file in an existing directory, got no {path.parent}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # what the umask gives; safetensors would make it private
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def pack_state(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-    """A dense state dict and its masks as ``(tensors, {"shapes": {name: shape}})``."""
+    """A dense state dict and its masks as ``(tensors, {"shapes": {name: shape}, "density", "masks": digest})``."""
+    if missing := [name for name in masks if name not in state]:
+        raise ValueError(f"{missing[0]}: Expected a weight for every mask, got none in the state dict")
     tensors: dict[str, Tensor] = {}
     shapes = {}
     for name, tensor in state.items():
@@ -109,7 +123,7 @@ def pack_state(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tupl
             shapes[name] = list(tensor.shape)
         else:
             tensors[name] = tensor
-    return tensors, {"shapes": shapes}
+    return tensors, {"shapes": shapes, "density": density(masks), "masks": digest(masks)}
 
 
 def unpack_state(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[dict[str, Tensor], Masks]:
@@ -117,6 +131,9 @@ def unpack_state(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> tu
     shapes = header.get("shapes")
     if not isinstance(shapes, dict):
         raise ValueError(f"Expected a header with the shapes of the masked weights, got {type(shapes).__name__}")
+    for name in [*shapes, *(name.removesuffix(_BITS) for name in tensors if name.endswith(_BITS))]:
+        if name not in tensors or name not in shapes:
+            raise ValueError(f"{name}: Expected survivors, mask bits and a shape, got only some of them")
     state, masks = {}, {}
     for name, tensor in tensors.items():
         if name.endswith(_BITS):
@@ -135,6 +152,8 @@ def unpack_state(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> tu
             raise ValueError(f"{name}: Expected {int(mask.sum())} survivors, got {list(tensor.shape)}")
         masks[name] = mask
         state[name] = torch.zeros(shape, dtype=tensor.dtype).masked_scatter(mask, tensor)
+    if header.get("masks") != digest(masks):
+        raise ValueError("Expected masks with the digest in the header, got others; the file is damaged")
     return state, masks
 
 

@@ -43,6 +43,8 @@ class Format(ABC):
     """All index tensors; ``derived_names`` follow from the others and are not saved, ``optional_names`` may be absent."""
     derived_names: tuple[str, ...] = ()
     optional_names: tuple[str, ...] = ()
+    grouped: bool = True
+    """Whether the convolution verbs take ``groups`` other than 1."""
 
     def __reduce__(self):
         return get, (self.name,)  # one instance per process: copies and pickles name it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def sparse_linear(
     if torch.is_autocast_enabled(x.device.type):
         x, values, bias = _autocast(x, values, bias)
     if len(size) != 2:
-        x = x.reshape(-1, shape[1])
+        x = x.reshape(prod(size[:-1]), shape[1])  # -1 is ambiguous when a layer has no inputs
     if torch.is_grad_enabled() and _differentiable(x, values, bias):
         y = LinearFunction.apply(x, values, bias, fmt, shape, index)
     else:

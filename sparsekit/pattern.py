@@ -56,7 +56,7 @@ class Pattern:
         Returns: ``(group scores, group alive)``, both flat, in row-major order of the groups. Not for
         N:M, whose groups compete inside themselves (:meth:`nm_mask`).
         """
-        scores, any_alive = _taps(scores * alive), _taps(alive)
+        scores, any_alive = _taps(scores.masked_fill(~alive, 0)), _taps(alive)
         if self.name == "channel":
             return scores.sum((1, 2)), any_alive.any(2).any(1)
         rows, cols = self.group

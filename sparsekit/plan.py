@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ class LayerPlan:
         return self.dense_us / self.us if self.us and self.dense_us else None
 
 
-def measure(thunks: Mapping[str, Callable[[], object]], seconds: float = 0.06) -> dict[str, float]:
+def measure(thunks: Mapping[str, Callable[[], object]], seconds: float = 0.02) -> dict[str, float]:
     """Median microseconds of each thunk, warmed and interleaved so that drift hits all alike.
 
     ``seconds`` is the time to spend on each; at least five rounds are run whatever they take.
@@ -116,9 +116,10 @@ class _Cache:
         self._path, self._entries = path, {}
         try:
             entries = json.loads(path.read_text())
-            self._entries = {
-                key: {str(name): float(us) for name, us in times.items()} for key, times in entries.items()
-            }
+            entries = {key: {str(name): float(us) for name, us in times.items()} for key, times in entries.items()}
+            if not all(0 < us < math.inf for times in entries.values() for us in times.values()):
+                raise ValueError("times that are not positive")
+            self._entries = entries
         except FileNotFoundError:
             pass
         except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -169,7 +170,7 @@ def _row(layer: LayerPlan) -> tuple[str, ...]:
         return "-" if value is None else format(value, spec)
 
     return (
-        layer.name,
+        layer.name or layer.kind,
         "x".join(map(str, layer.shape)),
         f"{layer.density:.4g}",
         layer.chosen + (" (forced)" if layer.forced else ""),
@@ -185,18 +186,18 @@ def _note(layer: LayerPlan) -> str:
         return ""
     size = "x".join(map(str, layer.input_shape))
     origin = "assumed, give example_inputs to measure yours" if layer.assumed else "from example_inputs"
-    return f"{layer.name}: {layer.work} measured on an input of {size} ({origin})"
+    return f"{layer.name or layer.kind}: {layer.work} measured on an input of {size} ({origin})"
 
 
 def explain(model: nn.Module) -> Explanation:
     """How each linear and convolution layer of ``model`` runs, in how many us, and why not otherwise."""
     found = []
     for name, module in model.named_modules():
-        if (plan := getattr(module, "plan", None)) is not None and isinstance(plan, LayerPlan):
-            found.append(plan)
-        elif hasattr(module, "survivors"):
-            kind = type(module).__name__
-            found.append(LayerPlan(name, kind, module.shape, module.density, module.format.name, forced=True))
+        if hasattr(module, "survivors"):
+            plan, share = getattr(module, "plan", None), module.density
+            if plan is None or plan.chosen != module.format.name:  # built by hand, or moved since
+                plan = LayerPlan(name, type(module).__name__, module.shape, share, module.format.name, forced=True)
+            found.append(replace(plan, name=name, density=share))
         elif isinstance(module, nn.Linear | nn.Conv2d) and isinstance(getattr(module, "weight", None), torch.Tensor):
             why = "no weight of it is pruned" if type(module) in (nn.Linear, nn.Conv2d) else "not a plain torch layer"
             kind, shape = type(module).__name__, tuple(module.weight.shape)

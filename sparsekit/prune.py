@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import floor
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,8 @@ def _alive(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def _prune(layers, alive, shares, pattern, criterion, scope, to_remove) -> Masks:
+    if not layers:
+        raise ValueError("Expected a model with layers to prune (nn.Linear, nn.Conv2d), got none that is not excluded")
     pattern = Pattern.parse(pattern)
     if scope not in ("global", "layer"):
         raise ValueError(f"Expected scope 'global' or 'layer', got {scope!r}")
@@ -177,7 +180,7 @@ def _prune(layers, alive, shares, pattern, criterion, scope, to_remove) -> Masks
                 masks.update(_select(pool, scores, alive, pattern, to_remove(pool, rates[pool[0]])))
     for name, mask in masks.items():
         if not mask.any():
-            warnings.warn(f"{name}: no weight survives; the layer will output its bias", stacklevel=3)
+            warnings.warn(f"{name}: no weight survives; the layer will output its bias", stacklevel=4)
     return masks
 
 
@@ -197,7 +200,7 @@ def _shares(shares: float | Mapping[str, float], names: list[str], scope: str) -
     else:
         table = dict.fromkeys(names, shares)
     for name, share in table.items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
             raise ValueError(f"{name}: Expected a share between 0 and 1, got {share!r}")
     return table
 
@@ -207,12 +210,13 @@ def _scores(score: Callable[[Layer], Tensor], name: str, module: nn.Module) -> T
     if not weight.is_floating_point():
         raise TypeError(f"{name}: Expected a floating-point weight, got {weight.dtype}")
     result = score(Layer(name, weight))
-    if result.shape != weight.shape:
-        raise ValueError(f"{name}: Expected scores of shape {list(weight.shape)}, got {list(result.shape)}")
+    got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+    if got != list(weight.shape):
+        raise ValueError(f"{name}: Expected scores of shape {list(weight.shape)}, got {got}")
     if result.dtype in (torch.float16, torch.bfloat16):
         result = result.float()  # sums over a block would round
     if result.isnan().any():
-        raise ValueError(f"{name}: Expected finite scores, got NaN")
+        raise ValueError(f"{name}: Expected scores without NaN, got NaN")
     return result
 
 

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 
 from sparsekit.format import Format
 
-
-from ..reference import conv2d_backward
+from ..reference import conv2d_backward, zero_pruned_
 
 
 class Compact(Format):
     name = "compact"
     index_names = ("rows", "cols", "mask")
     optional_names = ("mask",)
+    grouped = False
 
     def index(self, mask):
         live = mask.flatten(2) if mask.dim() > 2 else mask.unsqueeze(2)
@@ -33,11 +33,10 @@ class Compact(Format):
 
     def gather(self, weight, index):
         inner = weight[index["rows"]][:, index["cols"]]
-        return inner if index.get("mask") is None else torch.where(index["mask"], inner, inner.new_zeros(()))
+        return _masked(inner, index.get("mask"))
 
     def scatter(self, values, index, shape):
-        if index.get("mask") is not None:
-            values = values * index["mask"]  # makes the gradient at holes exactly 0
+        values = _masked(values, index.get("mask"))  # makes the gradient at holes exactly 0
         return values.new_zeros(shape).index_put((index["rows"][:, None], index["cols"]), values)
 
     def check(self, values, index, shape):
@@ -72,7 +71,7 @@ class Compact(Format):
 
     def sddmm(self, dy, x, index, shape):
         grad = dy.index_select(1, index[0]).t() @ x.index_select(1, index[1])
-        return grad if index[2] is None else grad.mul_(index[2].view(torch.uint8))
+        return grad if index[2] is None else zero_pruned_(grad, index[2])
 
     def conv2d(self, x, values, bias, index, shape, conv):
         rows, cols = index[0], index[1]
@@ -89,7 +88,11 @@ class Compact(Format):
         x, dy = x.index_select(1, index[1]), dy.index_select(1, index[0])
         weight = dy.new_empty(1).expand(dy.shape[1], x.shape[1], *shape[2:])
         grad = conv2d_backward(dy, x, weight, conv, (False, True, False))[1]
-        return grad if index[2] is None else grad.mul_(index[2].view(torch.uint8))
+        return grad if index[2] is None else zero_pruned_(grad, index[2])
+
+
+def _masked(inner: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return inner if mask is None else torch.where(mask, inner, inner.new_zeros(()))
 
 
 def _spread(y: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor, out: int) -> torch.Tensor:

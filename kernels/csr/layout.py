@@ -68,7 +68,7 @@ def check(values: Tensor, crow_indices: Tensor, col_indices: Tensor, shape: torc
             f"crow_indices [{shape[0] + 1}] and col_indices, values of one length, got "
             f"{list(crow_indices.shape)}, {list(col_indices.shape)}, {list(values.shape)}"
         )
-    counts = crow_indices.diff()
+    counts = crow_indices.long().diff()  # int32 differences of a torn file can wrap
     if int(crow_indices[0]) != 0 or int(crow_indices[-1]) != nnz or bool((counts < 0).any()):
         return f"crow_indices that ascend from 0 to {nnz}, got {int(crow_indices[0])} to {int(crow_indices[-1])}"
     if nnz and (int(col_indices.min()) < 0 or int(col_indices.max()) >= cols):

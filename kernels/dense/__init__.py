@@ -11,19 +11,7 @@ import torch.nn.functional as F
 
 from sparsekit.format import Format
 
-from ..reference import conv2d_backward
-
-
-class _MaskedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, mask):
-        ctx.save_for_backward(mask)
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (mask,) = ctx.saved_tensors
-        return grad * mask, None
+from ..reference import conv2d_backward, zero_pruned_
 
 
 class Dense(Format):
@@ -37,11 +25,11 @@ class Dense(Format):
         return index["mask"]
 
     def gather(self, weight, index):
-        # Not weight * mask: a pruned Inf or NaN must become 0.
-        return torch.where(index["mask"], weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        # Not weight * mask: a pruned Inf or NaN must become 0, here and in the gradient.
+        return torch.where(index["mask"], weight, weight.new_zeros(()))
 
     def scatter(self, values, index, shape):
-        return _MaskedGradient.apply(values, index["mask"])
+        return self.gather(values, index)
 
     def check(self, values, index, shape):
         mask = index["mask"]
@@ -58,7 +46,7 @@ class Dense(Format):
         return dy @ values
 
     def sddmm(self, dy, x, index, shape):
-        return (dy.t() @ x).mul_(_factor(index[0]))
+        return zero_pruned_(dy.t() @ x, index[0])
 
     def conv2d(self, x, values, bias, index, shape, conv):
         return F.conv2d(x, values, bias, *conv)
@@ -69,15 +57,11 @@ class Dense(Format):
 
     def conv2d_sddmm(self, dy, x, index, shape, conv):
         weight = dy.new_empty(1).expand(shape)
-        return conv2d_backward(dy, x, weight, conv, (False, True, False))[1].mul_(_factor(index[0]))
+        return zero_pruned_(conv2d_backward(dy, x, weight, conv, (False, True, False))[1], index[0])
 
     def conv2d_backward(self, dy, x, values, index, shape, conv, needs):
         dx, dvalues, dbias = conv2d_backward(dy, x, values, conv, needs)
-        return dx, dvalues.mul_(_factor(index[0])) if needs[1] else None, dbias
-
-
-def _factor(mask: torch.Tensor) -> torch.Tensor:
-    return mask.view(torch.uint8)  # torch multiplies by bytes three times as fast as by bools
+        return dx, zero_pruned_(dvalues, index[0]) if needs[1] else None, dbias
 
 
 FORMAT = Dense()

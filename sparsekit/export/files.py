@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..files import read_json
-from ..ticket.store import read_round
+from ..ticket.store import finished_rounds, round_path
 from .dense import save_dense
 from .packed import read_portable, save_state
 
@@ -18,18 +18,13 @@ def export_file(source: str | Path, to: str, out: str | Path, number: int | None
     ``to`` is ``"packed"`` (survivors and masks; :func:`sparsekit.load` reads it) or ``"dense"`` (plain
     safetensors, original keys, zeros baked in). Raises ValueError or FileNotFoundError naming the file.
     """
+    if to not in ("packed", "dense"):
+        raise ValueError(f"Expected to='packed' or 'dense', got {to!r}")
     source, out = Path(source), Path(out)
-    recipe = None
     if source.is_dir():
-        rounds = sorted(path.name for path in source.glob("round_*") if (path / "result.json").exists())
-        if not rounds:
-            raise FileNotFoundError(f"{source}: Expected a run with a finished round, got none")
-        name = rounds[-1] if number is None else f"round_{number:02d}"
-        if name not in rounds:
-            raise FileNotFoundError(f"{source}: Expected one of {', '.join(rounds)}, got {name}")
-        state, masks, _ = read_round(source / name / "trained.safetensors")
-        config = read_json(source / "config.json")
-        recipe = {"round": int(name.removeprefix("round_")), "config": config}
+        number = _choose_round(source, number)
+        state, masks, _ = read_portable(round_path(source, number) / "trained.safetensors")
+        recipe = {"round": number, "config": read_json(source / "config.json")}
     else:
         if number is not None:
             raise ValueError(f"{source}: Expected a run directory with --round, got a file")
@@ -37,3 +32,14 @@ def export_file(source: str | Path, to: str, out: str | Path, number: int | None
         recipe = header.get("recipe")
     out.parent.mkdir(parents=True, exist_ok=True)
     return save_state(state, masks, out, recipe) if to == "packed" else save_dense(state, out)
+
+
+def _choose_round(run: Path, number: int | None) -> int:
+    finished = finished_rounds(run)
+    if not finished:
+        raise FileNotFoundError(f"{run}: Expected a run with a finished round, got none")
+    if number is None:
+        return finished[-1]
+    if number not in finished:
+        raise FileNotFoundError(f"{run}: Expected a finished round of {', '.join(map(str, finished))}, got {number}")
+    return number

@@ -34,25 +34,30 @@ class SparseModule(nn.Module):
         if not weight.is_floating_point():
             raise TypeError(f"{name}: Expected a floating-point weight, got {weight.dtype}")
         if mask is None:
-            mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+            mask = torch.ones(weight.shape, dtype=torch.bool, device="cpu" if weight.is_meta else weight.device)
         check_masks({name: mask}, {name: weight.shape})
+        if mask.is_meta:
+            raise ValueError(f"{name}: Expected a mask that holds data, got one on the meta device")
         self.shape = tuple(weight.shape)
         self.register_parameter("values", None)
         bias = dense.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self.train(dense.training)
-        self._store(weight, mask.to(weight.device), formats.get(format))
+        self._store(weight, mask if weight.is_meta else mask.to(weight.device), formats.get(format))
         self.values.requires_grad_(_leaf(dense).requires_grad)
 
     @torch.no_grad()
     def _store(self, weight: Tensor, mask: Tensor, fmt: formats.Format) -> None:
         """Hold ``weight`` under ``mask`` in a format; an existing parameter object stays the same object."""
+        if not fmt.grouped and getattr(self, "groups", 1) != 1:
+            name = self.layer_name or type(self).__name__
+            raise ValueError(f"{name}: Expected a format that runs grouped convolutions, got {fmt.name!r}")
+        index = {name: tensor.to(weight.device) for name, tensor in fmt.index(mask).items()}
         if old := getattr(self, "format", None):
             for name in old.index_names:
                 self._buffers.pop(name, None)
                 self._non_persistent_buffers_set.discard(name)
         self.format = fmt
-        index = fmt.index(mask)
         for name in fmt.index_names:
             self.register_buffer(name, index.get(name), persistent=name not in fmt.derived_names)
         values = fmt.gather(weight.detach(), index).contiguous()
@@ -60,6 +65,8 @@ class SparseModule(nn.Module):
             values = values.clone()
         if self.values is None:
             self.values = nn.Parameter(values)
+        elif self.values.is_meta and not values.is_meta:
+            self.values = nn.Parameter(values, requires_grad=self.values.requires_grad)
         else:
             self.values.data = values
             self.values.grad = None
@@ -120,20 +127,35 @@ class SparseModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        found = _incoming(own, prefix, torch.Size(self.shape), errors)
+        problems: list[str] = []
+        found = _incoming(own, prefix, torch.Size(self.shape), problems)
         if found is not None:
-            weight, mask = (tensor.to(self.values.device) if tensor is not None else None for tensor in found)
-            with torch.no_grad():
-                if mask is None or torch.equal(mask, self.survivors()):
-                    self.values.copy_(self.format.gather(weight, self._saved_index()))
-                else:
-                    self._store(weight.to(self.values.dtype), mask, self.format)
+            assign = metadata.get("assign_to_params_buffers", False)
+            if self.values.is_meta and (found[1] is None or not assign):
+                problems.append(f"{prefix}values: Expected packed survivors and assign=True to fill a meta layer")
+            else:
+                self._take(*found, assign)
+        errors += problems
         for key in [key for key in own if key[len(prefix) :] in _KEYS]:
             del own[key]
-        if found is not None or errors:
+        if found is not None or problems:
             for name, tensor in {"values": self.values.data, **self._saved_index()}.items():
                 own[prefix + name] = tensor
         super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
+
+    @torch.no_grad()
+    def _take(self, weight: Tensor, mask: Tensor | None, assign: bool) -> None:
+        """Load a dense weight under a mask (None: the present one); ``assign`` as in load_state_dict."""
+        to = weight if assign else self.values
+        weight, mask = weight.to(to.device, to.dtype), None if mask is None else mask.to(to.device)
+        own = self._saved_index()
+        index = own if mask is None else self.format.index(mask)
+        # The index itself is compared: after to_empty() it holds anything, and no mask can be made of it.
+        fits = self.values.device == to.device and self.values.dtype == to.dtype and index.keys() == own.keys()
+        if fits and all(torch.equal(index[name], own[name]) for name in index):
+            self.values.copy_(self.format.gather(weight, own))
+        else:
+            self._store(weight, self.survivors().to(to.device) if mask is None else mask, self.format)
 
 
 def _leaf(dense: nn.Module) -> Tensor:

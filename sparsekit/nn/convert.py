@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from .. import format as formats
 from ..mask import Masks, check_masks, density, mask_of, weight_of
@@ -48,8 +49,8 @@ def convert(
     Returns: the model with sparse layers; :func:`sparsekit.explain` says what was chosen and why.
     Raises: ValueError or TypeError naming the layer on bad masks, before anything changes.
     """
-    if impl != "auto":
-        formats.get(impl)
+    if impl != "auto" and impl not in formats.names():
+        raise ValueError(f"Expected impl 'auto' or a format of {', '.join(formats.names())}, got {impl!r}")
     layers = prunable(model)
     if masks is None:
         masks = {name: mask_of(module) for name, module in layers.items()}
@@ -72,8 +73,7 @@ def convert(
         module = layers[name]
         x = inputs.get(id(module))
         sparse = _plan_layer(name.rpartition(".")[0], module, mask, x, training, impl)
-        for hooks in _HOOKS:
-            getattr(sparse, hooks).update(_foreign_hooks(module, hooks))
+        _copy_hooks(module, sparse)
         swaps[id(module)] = sparse
         if not mask.any():
             warnings.warn(f"{name}: no weight survives; the layer outputs its bias", stacklevel=2)
@@ -91,8 +91,7 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
     for module in model.modules():
         if isinstance(module, SparseModule):
             dense = module.to_dense()
-            for hooks in _HOOKS:
-                getattr(dense, hooks).update(getattr(module, hooks))
+            _copy_hooks(module, dense)
             swaps[id(module)] = dense
     return _swap(model, swaps)
 
@@ -186,15 +185,15 @@ def _held_bytes(sparse: SparseModule, training: bool) -> int:
 
 
 def _thunk(module: nn.Module, x: Tensor, training: bool):
-    if not training:
+    x = x.detach().requires_grad_(x.requires_grad)
+    wanted = [p for p in (x, *module.parameters()) if p.requires_grad] if training else []
+    if not wanted:
 
         def forward():
             with torch.no_grad():
                 return module(x)
 
         return forward
-    x = x.detach().requires_grad_(x.requires_grad)
-    wanted = [p for p in (x, *module.parameters()) if p.requires_grad]
     with torch.no_grad():
         dy = torch.ones_like(module(x))
 
@@ -257,26 +256,30 @@ def _reject_tied(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mappi
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
+            name = name.removesuffix("_orig")  # as torch.nn.utils.prune renames it
             full = f"{module_name}.{name}" if module_name else name
             first = owners.setdefault(id(parameter), full)
             for tied in {first, full} & masks.keys() if first != full else ():
                 raise ValueError(f"{tied}: Expected a weight of its own, got one shared by {first} and {full}")
 
 
-def _foreign_hooks(module: nn.Module, name: str) -> dict:
-    """A module's hooks without those of torch.nn.utils.prune, which recompute its weight."""
-    hooks = getattr(module, name)
-    return type(hooks)(
-        (key, hook) for key, hook in hooks.items() if not isinstance(hook, torch.nn.utils.prune.BasePruningMethod)
-    )
+def _copy_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` the hooks of ``source`` but those of torch.nn.utils.prune, which recompute its weight."""
+    for name in _HOOKS:
+        hooks = getattr(source, name)
+        foreign = {key: hook for key, hook in hooks.items() if not isinstance(hook, BasePruningMethod)}
+        getattr(target, name).update(foreign)
+    target._is_full_backward_hook = source._is_full_backward_hook
 
 
 def _deepcopy(model: nn.Module) -> nn.Module:
+    memo = {}
     for module in model.modules():
-        if "weight_orig" in module._parameters and isinstance(module.__dict__.get("weight"), Tensor):
+        weight = module.__dict__.get("weight")
+        if "weight_orig" in module._parameters and isinstance(weight, Tensor):
             # torch.nn.utils.prune leaves a non-leaf here, which cannot be copied; forward makes it anew.
-            module.weight = module.weight.detach()
-    return copy.deepcopy(model)
+            memo[id(weight)] = weight.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def _swap(model: nn.Module, swaps: dict[int, nn.Module]) -> nn.Module:

@@ -1,0 +1,52 @@
+# make demo    install into .venv, find tickets on real digits, write runs/demo/report.md
+# make test    install into .venv, run the test suite
+# make bench   print the layer suite;  make asan  the kernel tests under address and undefined-behaviour sanitizers
+#
+# TORCH=…      another torch requirement, with pip options if need be
+# PY=…         an existing Python that has torch (and pytest); nothing is downloaded then
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+
+ifdef PY
+RUN := $(PY)
+READY := existing
+else
+RUN := .venv/bin/python
+READY := .venv/ready
+endif
+
+.PHONY: demo test lint bench asan existing clean
+
+demo: $(READY)
+	$(RUN) -m sparsekit.demo --out runs/demo
+
+test: $(READY)
+	$(RUN) setup.py -q build_ext --inplace
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+
+bench: $(READY)
+	$(RUN) -m sparsekit bench layers
+
+.venv/ready: pyproject.toml setup.py
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q setuptools wheel
+	.venv/bin/python -m pip install -q $(TORCH)
+	.venv/bin/python -m pip install -q --no-build-isolation -e '.[demo,test]'
+	touch $@
+
+existing:
+	$(RUN) -m pip install -q --no-index --no-deps --no-build-isolation -e .
+
+asan: $(READY)
+	rm -rf build/asan && mkdir -p build/asan && cp -r sparsekit kernels csrc tests setup.py pyproject.toml build/asan/
+	cd build/asan && SPARSEKIT_SANITIZE=1 SPARSEKIT_NATIVE=1 $(abspath $(RUN)) setup.py -q build_ext --inplace
+	cd build/asan && ln -sfn ../kernels sparsekit/kernels && \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$PWD $(abspath $(RUN)) -m pytest -q tests/test_csr_ops.py -k "not isa" -p no:cacheprovider
+
+clean:
+	rm -rf build .venv sparsekit/_C.abi3.so sparsekit/_C.abi3.json
