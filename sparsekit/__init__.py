@@ -1,6 +1,6 @@
 """sparsekit: sparse kernels for PyTorch, so that pruned networks and lottery tickets really run faster."""
 
-from . import ops as _ops
+from . import ops as _ops  # noqa: F401 - registers the operators
 from ._version import __version__ as __version__
 from .export import load as load
 from .export import save as save

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"sparsekit {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -30,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     ticket = commands.add_parser("ticket", help="search for a winning ticket")
-    ticket.add_argument("--model", required=True, help="lenet-300-100, mlp:64-1024-1024-10, conv2, conv4, conv6, digits-conv")
+    ticket.add_argument(
+        "--model", required=True, help="lenet-300-100, mlp:IN-…-OUT, conv2, conv4, conv6 or digits-conv"
+    )
     ticket.add_argument("--data", required=True, help="digits, mnist, fashion-mnist or cifar10")
     ticket.add_argument("--data-dir", type=Path, help="where the data files are (default: $SPARSEKIT_DATA)")
     ticket.add_argument("--rounds", type=int, default=12, help="pruning rounds after the dense one (default 12)")
@@ -47,12 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     ticket.add_argument("--criterion", default="magnitude", help="magnitude or random")
     ticket.add_argument("--scope", default="layer", choices=("layer", "global"))
     ticket.add_argument("--rewind", default="init", help="init, 500it, 2ep, lr or none")
-    ticket.add_argument("--control", default="none", choices=("none", "reinit"), help="train a control beside each ticket")
+    ticket.add_argument("--control", default="none", choices=("none", "reinit"), help="a control beside each ticket")
     ticket.add_argument("--impl", default="auto", help="force one format: dense, compact or csr")
     ticket.add_argument("--seed", type=int, default=0)
     ticket.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     ticket.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    ticket.add_argument("--out", type=Path, required=True, help="run directory; an unfinished run goes on where it stopped")
+    ticket.add_argument("--out", type=Path, required=True, help="run directory; an unfinished run goes on")
     ticket.set_defaults(run=_ticket)
 
     report = commands.add_parser("report", help="write RUN/report.md with figures")

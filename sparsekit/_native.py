@@ -42,7 +42,10 @@ def _try_load() -> dict:
     if not _PATH.exists():
         return missing | {"reason": f"the native library was not built; {_HOW}"}
     if _PATH.with_suffix(".json").exists():
-        built = json.loads(_PATH.with_suffix(".json").read_text()).get("schemas")
+        try:
+            built = json.loads(_PATH.with_suffix(".json").read_text())["schemas"]
+        except (OSError, ValueError, KeyError, TypeError):
+            built = None
         if built != schema_digest():
             return missing | {"reason": f"the native library is from another version of the source; {_HOW}"}
     try:

@@ -37,9 +37,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """
     path = Path(path)
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"format": "pt"}  # several loaders ask for it
-    if header is not None:
-        metadata[KIND] = json.dumps({"version": VERSION, **header})
+    # Some loaders ask for a format; one entry alone, because safetensors writes several in any order.
+    metadata = {"format": "pt"} if header is None else {KIND: json.dumps({"version": VERSION, **header})}
     with _replacing(path) as temporary:
         try:
             save_file(own, temporary, metadata)

@@ -40,7 +40,8 @@ class Format(ABC):
 
     name: str
     index_names: tuple[str, ...]
-    """All index tensors; ``derived_names`` follow from the others and are not saved, ``optional_names`` may be absent."""
+    """All index tensors; ``derived_names`` follow from the others and are not saved, ``optional_names`` may be
+    absent."""
     derived_names: tuple[str, ...] = ()
     optional_names: tuple[str, ...] = ()
     grouped: bool = True

@@ -25,7 +25,7 @@ def sparse_linear(
     size = x.shape
     if not size or size[-1] != shape[1]:
         raise ValueError(f"Expected an input of shape [..., {shape[1]}], got {list(size)}")
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch raises on meta
         x, values, bias = _autocast(x, values, bias)
     if len(size) != 2:
         x = x.reshape(prod(size[:-1]), shape[1])  # -1 is ambiguous when a layer has no inputs
@@ -58,7 +58,7 @@ def sparse_conv2d(
         kernel = conv.dilation[i] * (shape[2 + i] - 1) + 1
         if extent < kernel:
             raise ValueError(f"Expected a padded input of at least {kernel} along axis {i - 2}, got {extent}")
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch raises on meta
         x, values, bias = _autocast(x, values, bias)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     if torch.is_grad_enabled() and _differentiable(x, values, bias):

@@ -81,7 +81,7 @@ def choose(thunks: Mapping[str, Callable[[], object]], key: str | None = None) -
     """The fastest thunk's name and all times in us; ``key`` finds and keeps the times in the disk cache."""
     times = _cache.get(key) if key else None
     if times is None or times.keys() != thunks.keys():
-        times = measure(thunks)
+        times = {name: max(round(us, 2), 0.01) for name, us in measure(thunks).items()}  # as a later hit reads them
         if key:
             _cache.put(key, times)
     best = min(times.values())
@@ -103,7 +103,7 @@ def density_bucket(density: float) -> str:
 
 
 class _Cache:
-    """``plans.json`` in the cache directory; unreadable files are set aside, unwritable ones do without."""
+    """``plans.json`` in the cache directory; a torn file is replaced, an unwritable one done without."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -111,19 +111,8 @@ class _Cache:
 
     def _load(self) -> None:
         path = device.cache_dir() / "plans.json"
-        if path == self._path:
-            return
-        self._path, self._entries = path, {}
-        try:
-            entries = json.loads(path.read_text())
-            entries = {key: {str(name): float(us) for name, us in times.items()} for key, times in entries.items()}
-            if not all(0 < us < math.inf for times in entries.values() for us in times.values()):
-                raise ValueError("times that are not positive")
-            self._entries = entries
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            warnings.warn(f"{path}: Expected a plan cache, got {error}; measuring anew", stacklevel=4)
+        if path != self._path:
+            self._path, self._entries = path, _read_times(path)
 
     def get(self, key: str) -> dict[str, float] | None:
         self._load()
@@ -131,14 +120,35 @@ class _Cache:
 
     def put(self, key: str, times: dict[str, float]) -> None:
         self._load()
-        self._entries[key] = {name: round(us, 2) for name, us in times.items()}
+        with warnings.catch_warnings(action="ignore"):  # a torn file was warned of when it was first read
+            theirs = _read_times(self._path)  # another process may have written since
+        self._entries = theirs | self._entries | {key: times}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, suffix=".tmp", delete=False) as file:
-                json.dump(self._entries, file, indent=0)
-            os.replace(file.name, self._path)
+            handle, temporary = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
+            try:
+                with os.fdopen(handle, "w") as file:
+                    json.dump(self._entries, file, indent=0)
+                os.replace(temporary, self._path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
         except OSError as error:
             warnings.warn(f"{self._path}: the plan cache cannot be written ({error})", stacklevel=4)
+
+
+def _read_times(path: Path) -> dict[str, dict[str, float]]:
+    try:
+        entries = json.loads(path.read_text())
+        entries = {key: {str(name): float(us) for name, us in times.items()} for key, times in entries.items()}
+        if not all(0 < us < math.inf for times in entries.values() for us in times.values()):
+            raise ValueError("times that are not positive")
+        return entries
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        warnings.warn(f"{path}: Expected a plan cache, got {error}; measuring anew", stacklevel=5)
+    return {}
 
 
 _cache = _Cache()

@@ -139,8 +139,8 @@ def prune_step(
     check_masks(masks, shapes)
     alive = {}
     for name, module in layers.items():
-        place = weight_of(module).device
-        alive[name] = masks[name].to(place) if name in masks else torch.ones(shapes[name], dtype=torch.bool, device=place)
+        everything = torch.ones(shapes[name], dtype=torch.bool)
+        alive[name] = masks.get(name, everything).to(weight_of(module).device)
 
     def to_remove(names: list[str], share: float) -> int:
         return floor(share * sum(int(alive[name].sum()) for name in names) + 0.5)

@@ -285,7 +285,9 @@ def test_conv_zero_batch():
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_conv_any_geometry(data):
-    draw = lambda low, high: data.draw(st.integers(low, high))
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
     groups = draw(1, 3)
     kernel, dilation = (draw(1, 4), draw(1, 4)), (draw(1, 2), draw(1, 2))
     padding = (draw(0, 3), draw(0, 3))

@@ -22,7 +22,10 @@ class Compact(Format):
 
     def index(self, mask):
         live = mask.flatten(2) if mask.dim() > 2 else mask.unsqueeze(2)
-        index = {"rows": live.any(2).any(1).nonzero().flatten(), "cols": live.any(2).any(0).nonzero().flatten()}
+        rows, cols = (live.any(2).any(axis).nonzero().flatten() for axis in (1, 0))
+        if rows.numel() == 0:  # torch convolves no empty tensors: keep one unit, which is all hole
+            rows, cols = (torch.arange(min(1, extent), device=mask.device) for extent in mask.shape[:2])
+        index = {"rows": rows, "cols": cols}
         inner = mask[index["rows"]][:, index["cols"]]
         return index if bool(inner.all()) else index | {"mask": inner}
 
@@ -108,7 +111,7 @@ def _spread(y: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor, out:
 
 def _ascends(live: torch.Tensor, extent: int) -> bool:
     if live.numel() == 0:
-        return True
+        return extent == 0
     return int(live[0]) >= 0 and int(live[-1]) < extent and bool((live.diff() > 0).all())
 
 

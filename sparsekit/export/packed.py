@@ -56,11 +56,12 @@ def load(
     state, masks, _ = read_portable(path)
     dense = to_dense(model)
     own = dense.state_dict()
-    for name in [*own, *state]:
+    for name, tensor in own.items():
         got = list(state[name].shape) if name in state else "none"
-        want = list(own[name].shape) if name in own else "none"
-        if got != want:
-            raise ValueError(f"{path}: Expected {name} of shape {want} as in the model, got {got}")
+        if got != list(tensor.shape):
+            raise ValueError(f"{path}: Expected {name} of shape {list(tensor.shape)} as in the model, got {got}")
+    if more := [name for name in state if name not in own]:
+        raise ValueError(f"{path}: Expected the tensors of this model, got {', '.join(more)} as well")
     dense.load_state_dict(state)
     with torch.no_grad():
         return convert(dense, masks, example_inputs, training, impl, inplace=True)

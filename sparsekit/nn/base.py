@@ -41,7 +41,9 @@ class SparseModule(nn.Module):
         self.shape = tuple(weight.shape)
         self.register_parameter("values", None)
         bias = dense.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        if bias is not None:
+            bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        self.register_parameter("bias", bias)
         self.train(dense.training)
         self._store(weight, mask if weight.is_meta else mask.to(weight.device), formats.get(format))
         self.values.requires_grad_(_leaf(dense).requires_grad)
@@ -61,8 +63,6 @@ class SparseModule(nn.Module):
         for name in fmt.index_names:
             self.register_buffer(name, index.get(name), persistent=name not in fmt.derived_names)
         values = fmt.gather(weight.detach(), index).contiguous()
-        if values.is_set_to(weight) or values.data_ptr() == weight.data_ptr():
-            values = values.clone()
         if self.values is None:
             self.values = nn.Parameter(values)
         elif self.values.is_meta and not values.is_meta:
@@ -76,11 +76,20 @@ class SparseModule(nn.Module):
         index = {name: self._buffers[name] for name in formats.saved_names(self.format)}
         self._buffers.update(self.format.derive(index, self.shape))
 
+    def _explain(self, error: Exception, x: Tensor) -> Exception:
+        """The error of a failed call, in words that name the layer where the input is to blame."""
+        name = self.layer_name or type(self).__name__
+        if isinstance(error, ValueError):
+            return ValueError(f"{name}: {error}")
+        if x.dtype != self.values.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+            return TypeError(f"{name}: Expected an input of {self.values.dtype} like the weight, got {x.dtype}")
+        return error
+
     def _index(self, x: Tensor) -> formats.Index:
         buffers, names = self._buffers, self.format.index_names
-        if x.requires_grad and buffers[names[-1]] is None and self.format.derived_names:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self.derive()
+        missing = x.requires_grad and buffers[names[-1]] is None and self.format.derived_names
+        if missing and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.derive()
         return tuple([buffers[name] for name in names])
 
     def _saved_index(self) -> dict[str, Tensor]:
@@ -188,7 +197,8 @@ def _incoming(own: dict, prefix: str, shape: torch.Size, errors: list) -> tuple[
         return None
     else:
         return None
-    if weight.shape != shape or (mask is not None and mask.shape != shape):
-        errors.append(f"{prefix}weight: Expected a weight of shape {list(shape)}, got {list(weight.shape)}")
-        return None
+    for name, tensor in {"weight": weight, "weight_mask": mask}.items():
+        if tensor is not None and tensor.shape != shape:
+            errors.append(f"{prefix}{name}: Expected a {name} of shape {list(shape)}, got {list(tensor.shape)}")
+            return None
     return weight, mask

@@ -88,11 +88,11 @@ class SparseConv2d(SparseModule):
         if self._outer is not None:
             x = F.pad(x, self._outer, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         own = self._parameters  # a plain dict: nn.Module's attribute lookup costs as much as the checks below
-        values = own["values"] if "values" in own else self.values
+        values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         try:
             return sparse_conv2d(x, values, self._index(x), self.shape, self.format, own["bias"], self._conv)
-        except ValueError as error:
-            raise ValueError(f"{self.layer_name or type(self).__name__}: {error}") from None
+        except (ValueError, RuntimeError) as error:
+            raise self._explain(error, x) from None
 
     def _empty_dense(self) -> nn.Conv2d:
         geometry = {name: getattr(self, name) for name in _GEOMETRY}

@@ -31,7 +31,7 @@ def convert(
     masks: Mapping[str, Tensor] | None = None,
     example_inputs: Any = None,
     training: bool = False,
-    impl: str = "auto",
+    impl: str | Mapping[str, str] = "auto",
     inplace: bool = False,
 ) -> nn.Module:
     """Replace the pruned layers of ``model`` by sparse ones, each in the format that measures fastest.
@@ -43,15 +43,15 @@ def convert(
             mode) so that each layer is measured on its real input. None assumes a batch of 64 rows
             for linear layers and 16 images of 32 x 32 for convolutions.
         training: measure forward + backward together; otherwise forward alone.
-        impl: ``"auto"``, or the name of a format to force; a layer it cannot hold raises ValueError.
+        impl: ``"auto"``, or the name of a format to force, or one per layer (``{"fc1": "csr"}``, the others
+            ``"auto"``); a layer that a forced format cannot hold raises ValueError.
         inplace: change ``model`` itself; otherwise a deep copy.
 
     Returns: the model with sparse layers; :func:`sparsekit.explain` says what was chosen and why.
     Raises: ValueError or TypeError naming the layer on bad masks, before anything changes.
     """
-    if impl != "auto" and impl not in formats.names():
-        raise ValueError(f"Expected impl 'auto' or a format of {', '.join(formats.names())}, got {impl!r}")
     layers = prunable(model)
+    impls = _impls(impl, layers)
     if masks is None:
         masks = {name: mask_of(module) for name, module in layers.items()}
     check_masks(masks, {name: torch.Size(weight_of(module).shape) for name, module in layers.items()})
@@ -59,10 +59,11 @@ def convert(
         if not weight_of(layers[name]).is_floating_point():
             raise TypeError(f"{name}: Expected a floating-point weight, got {weight_of(layers[name]).dtype}")
     masks = {name: mask.detach() for name, mask in masks.items() if not bool(mask.all())}
-    if impl != "auto":
-        for name, mask in masks.items():
-            if reason := formats.get(impl).unsupported(mask, getattr(layers[name], "groups", 1)):
-                raise ValueError(f"{name}: Expected a layer that {impl!r} can hold, got {reason}")
+    for name, mask in masks.items():
+        if impls[name] == "auto":
+            continue
+        if reason := formats.get(impls[name]).unsupported(mask, getattr(layers[name], "groups", 1)):
+            raise ValueError(f"{name}: Expected a layer that {impls[name]!r} can hold, got {reason}")
     _reject_tied(model, layers, masks)
     if not inplace:
         model = _deepcopy(model)
@@ -72,12 +73,27 @@ def convert(
     for name, mask in masks.items():
         module = layers[name]
         x = inputs.get(id(module))
-        sparse = _plan_layer(name.rpartition(".")[0], module, mask, x, training, impl)
+        sparse = _plan_layer(name.rpartition(".")[0], module, mask, x, training, impls[name])
         _copy_hooks(module, sparse)
         swaps[id(module)] = sparse
         if not mask.any():
             warnings.warn(f"{name}: no weight survives; the layer outputs its bias", stacklevel=2)
     return _swap(model, swaps)
+
+
+def _impls(impl: str | Mapping[str, str], layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The format to force on each weight, or ``"auto"``."""
+    impls = dict.fromkeys(layers, "auto" if isinstance(impl, Mapping) else impl)
+    for layer, name in impl.items() if isinstance(impl, Mapping) else ():
+        weight = f"{layer}.weight" if layer else "weight"
+        if weight not in layers:
+            raise ValueError(f"Expected impl to name prunable layers ({', '.join(layers)}), got {layer!r}")
+        impls[weight] = name
+    known = ("auto", *formats.names())
+    for name in (impl,) if not isinstance(impl, Mapping) else impls.values():
+        if name not in known:
+            raise ValueError(f"Expected impl 'auto' or a format of {', '.join(known[1:])}, got {name!r}")
+    return impls
 
 
 def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:

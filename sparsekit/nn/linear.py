@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import sparse_linear
@@ -50,11 +49,11 @@ class SparseLinear(SparseModule):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]``."""
         own = self._parameters  # a plain dict: nn.Module's attribute lookup costs as much as the checks below
-        values = own["values"] if "values" in own else self.values
+        values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         try:
             return sparse_linear(x, values, self._index(x), self.shape, self.format, own["bias"])
-        except ValueError as error:
-            raise ValueError(f"{self.layer_name or type(self).__name__}: {error}") from None
+        except (ValueError, RuntimeError) as error:
+            raise self._explain(error, x) from None
 
     def _empty_dense(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")

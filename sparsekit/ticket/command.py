@@ -12,6 +12,7 @@ from .. import data as datasets
 from .. import device, models
 from ..report import ledger_table
 from .loop import tickets
+from .rewind import Rewind
 from .train import Training, train_round
 
 __all__ = ["search"]
@@ -19,24 +20,27 @@ __all__ = ["search"]
 
 def search(args: Namespace) -> dict:
     """Run the search that ``args`` describes; prints the ledger and returns the summary."""
-    if args.threads:
+    _check(args)
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("Expected --device cpu, got cuda: torch sees no CUDA device here (see sparsekit info)")
-    if args.rate is not None and not 0 <= args.rate < 1:
-        raise ValueError(f"Expected --rate in [0, 1), got {args.rate}")
     data = datasets.load(args.data, args.data_dir, seed=args.seed)
     shape, classes = tuple(data.train_x.shape[1:]), data.classes
     model = models.build(args.model, classes=classes, input_shape=shape, seed=args.seed).to(args.device)
     data = data.to(args.device)
     training = _training(args, len(data.train_y))
-    rate = models.rates(args.model, args.rate)
+    rewind = Rewind.parse(args.rewind)
+    if rewind.kind == "weights" and rewind.step(len(data.train_y) // training.batch_size) >= training.iterations:
+        raise ValueError(f"Expected --rewind to a step before the last, {training.iterations}, got {args.rewind}")
+    rate, exclude = models.rates(args.model, args.rate), ()
+    if args.pattern == "channel":  # a channel of the output layer is a class
+        exclude = (models.output_layer(model),)
+        rate.pop(exclude[0], None)
     if args.scope == "global":
-        rate = args.rate if args.rate is not None else rate["*"]
+        rate = rate["*"]
     torch.manual_seed(args.seed)
     run = tickets(
         model, args.rounds, rate, args.pattern, args.criterion, args.scope, args.rewind, args.out,
-        example_inputs=data.train_x[: training.batch_size], impl=args.impl,
+        exclude=exclude, example_inputs=data.train_x[: training.batch_size], impl=args.impl,
         note={
             "model": args.model, "data": args.data, "note": data.note, "seed": args.seed, "device": args.device,
             "iterations": training.iterations, "batch_size": training.batch_size, "optimizer": training.optimizer,
@@ -56,13 +60,21 @@ def search(args: Namespace) -> dict:
     return run.summary
 
 
+def _check(args: Namespace) -> None:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("Expected --device cpu, got cuda: torch sees no CUDA device here (see sparsekit info)")
+    if args.rate is not None and not 0 <= args.rate < 1:
+        raise ValueError(f"Expected --rate in [0, 1), got {args.rate}")
+    for option in ("epochs", "iterations", "threads"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise ValueError(f"Expected --{option} of at least 1, got {value}")
+
+
 def _training(args: Namespace, images: int) -> Training:
     recipe = models.recipe(args.model)
-    iterations = args.iterations or recipe.iterations
-    if args.epochs:
+    iterations = recipe.iterations if args.iterations is None else args.iterations
+    if args.epochs is not None:
         iterations = args.epochs * max(1, images // recipe.batch_size)
-    if iterations < 1:
-        raise ValueError(f"Expected at least one step of training, got {iterations}")
     return Training(
         iterations, min(recipe.batch_size, images), recipe.optimizer, recipe.lr, eval_every=recipe.eval_every
     )

@@ -85,9 +85,10 @@ def summarize(config: dict[str, Any], rounds: list[dict]) -> dict[str, Any]:
     total = {
         "train_seconds": train,
         "masked_dense_seconds": masked,
-        "speedup": masked / train if masked else None,
+        "speedup": masked / train if masked and train else None,
         "seconds_saved": masked - train if masked else None,
         "overhead_seconds": sum(r["overhead_seconds"] for r in rounds),
+        "control_seconds": sum(r.get("control_seconds") or 0.0 for r in rounds),
         "threads": torch.get_num_threads(),
     }
     return {"config": config, "rounds": rounds, "total": total}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..mask import Masks, density
-from ..nn import convert, dense_state, masks_of
+from .. import format as formats
+from ..mask import Masks
+from ..nn import SparseModule, convert, dense_state, masks_of
 from ..pattern import Pattern
 from ..plan import explain
 from ..prune import CRITERIA, prunable, prune_step
 from .ledger import masked_dense_us, summarize
-from .rewind import Rewind, Snapshot, get_rng, set_rng
+from .rewind import Rewind, Snapshot, check_optimizer, encode, get_rng, set_rng
 from .store import RunDir
 
 __all__ = ["Round", "TicketSearch", "tickets"]
+
+_OWN_METRICS = {"round", "density", "layers", "speedup", "overhead_seconds"}
 
 
 class Round:
@@ -38,28 +44,36 @@ class Round:
         self.steps = 0
         self._search = search
         self._optimizer = self._scheduler = None
-        self._point: int | None = None
+        self._point: int | None = None  # the step to rewind to, known once begin() was called
+        self._first = 0
+
+    @property
+    def _late(self) -> bool:
+        return self.rewind.kind == "weights" and self.rewind.count > 0
 
     def begin(self, optimizer=None, scheduler=None, steps_per_epoch: int | None = None) -> int:
         """Announce the optimizer (and scheduler); returns the step to train from.
 
         Needed for rewinding to a step, where round 0 must be watched and later rounds get optimizer,
         scheduler and generator states of that step back; also carries the last learning rate on with
-        ``rewind="none"``. Call :meth:`step` after every iteration.
+        ``rewind="none"``. Call :meth:`step` after every iteration. A shuffling ``DataLoader`` draws its
+        order when an epoch begins, so with one rewind to whole epochs (``"2ep"``), or order the data by
+        :meth:`permutation`, which is exact at any step.
         """
         self._optimizer, self._scheduler = optimizer, scheduler
+        if optimizer is not None:
+            check_optimizer(self.model, optimizer)
         search = self._search
-        if self.rewind.kind == "weights":
+        if self._late:
             self._point = self.rewind.step(steps_per_epoch)
-            if self.number and search.point is not None:
+            if self.number:
                 search.point.restore_optimizer(self.model, optimizer, scheduler)
                 set_rng(search.point.rng)
-                self.steps = search.point.step
-        elif self.rewind.kind == "none" and self.number and search.end.get("groups") is not None:
-            for group, rates in zip(optimizer.param_groups, search.end["groups"], strict=True):
-                group.update(rates)
-            if scheduler is not None and search.end.get("scheduler") is not None:
-                scheduler.load_state_dict(search.end["scheduler"])
+                self.steps = self._first = search.point.step
+        elif self.rewind.kind == "none" and self.number and optimizer is not None:
+            _resume_rates(optimizer, scheduler, search.end)
+        if scheduler is not None and (self._late or self.rewind.kind == "none"):
+            encode(scheduler.state_dict(), {})  # one that cannot be kept fails here, not after the training
         return self.steps
 
     def step(self) -> None:
@@ -71,13 +85,17 @@ class Round:
     def record(self, **metrics: Any) -> None:
         """Add to the ledger's line: ``test_accuracy``, ``val_loss``, ``early_stop_iteration``, or any JSON value.
 
-        ``train_seconds`` and ``masked_dense_seconds`` replace what the search measures by itself.
+        Numbers may be tensors or numpy scalars; NaN and infinity become null. ``train_seconds`` and
+        ``masked_dense_seconds`` replace what the search measures by itself, and ``control_seconds``, spent
+        on controls inside the loop, count neither as training nor as overhead.
         """
-        self.metrics.update(metrics)
+        if own := _OWN_METRICS & metrics.keys():
+            raise ValueError(f"Expected metrics other than {', '.join(sorted(_OWN_METRICS))}, got {sorted(own)}")
+        self.metrics.update({name: _plain(name, value) for name, value in metrics.items()})
 
     def variant(self, fresh: nn.Module) -> nn.Module:
-        """``fresh``, a dense model of the same architecture, under this round's masks: for control runs."""
-        return self._search.convert(fresh, self.masks)
+        """A copy of ``fresh``, a dense model of the same architecture, under this round's masks: for control runs."""
+        return self._search.convert(copy.deepcopy(fresh), self.masks, _formats(self.model))
 
     def permutation(self, count: int, epoch: int) -> Tensor:
         """A data order that depends on the epoch alone: the same in every round and after a resume."""
@@ -86,19 +104,36 @@ class Round:
 
     def end(self) -> dict[str, Any]:
         """What the next round needs of this one's end."""
-        groups = None
-        if self._optimizer is not None:
-            groups = [
-                {k: v for k, v in group.items() if k in ("lr", "initial_lr")} for group in self._optimizer.param_groups
-            ]
-        scheduler = None if self._scheduler is None else self._scheduler.state_dict()
-        return {"rng": get_rng(), "groups": groups, "scheduler": scheduler}
+        end: dict[str, Any] = {"rng": get_rng()}
+        if self.rewind.kind == "none" and self._optimizer is not None:
+            groups = self._optimizer.param_groups
+            end["groups"] = [{k: v for k, v in group.items() if k in ("lr", "initial_lr")} for group in groups]
+            end["scheduler"] = None if self._scheduler is None else self._scheduler.state_dict()
+        return end
+
+    def check_end(self) -> None:
+        """Raise ValueError unless the training said what rewinding to a step needs to know."""
+        if not self._late:
+            return
+        text = _text(self.rewind)
+        if self._point is None:
+            raise ValueError(
+                f"Expected round.begin(optimizer, scheduler) in every round and round.step() after every iteration, "
+                f"which rewind={text!r} needs, got no begin() in round {self.number}"
+            )
+        if self._search.point is None:
+            raise ValueError(
+                f"Expected round 0 to reach the rewind point {text!r}, step {self._point}, got {self.steps} calls of "
+                "round.step()"
+            )
 
 
 class TicketSearch:
     """The iterable that :func:`tickets` returns; ``summary`` holds the ledger as it grows."""
 
-    def __init__(self, model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl, note):
+    def __init__(
+        self, model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl, note
+    ):
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
             raise ValueError(f"Expected rounds as a whole number of pruning rounds, got {rounds!r}")
         self.rewind, self.pattern = Rewind.parse(rewind), Pattern.parse(pattern)
@@ -106,48 +141,65 @@ class TicketSearch:
             raise ValueError(f"Expected rounds=1 with pattern {pattern!r}, which fixes the sparsity, got {rounds}")
         if not callable(criterion) and criterion not in CRITERIA:
             raise ValueError(f"Expected a criterion of {', '.join(CRITERIA)} or a function, got {criterion!r}")
+        if impl != "auto":
+            formats.get(impl)
+        exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        layers = prunable(model, exclude)
+        if not layers:
+            raise ValueError(f"Expected a model with a linear or convolution layer, got {type(model).__name__}")
+        for name, module in layers.items():
+            if hasattr(module, "survivors") or hasattr(module, "weight_orig"):
+                raise ValueError(f"{name}: Expected a dense weight, got a pruned one; sparsekit.to_dense gives it back")
         self._model, self._rounds = model, rounds
-        self._names = list(prunable(model, exclude))
         self._how = {"rate": rate, "pattern": self.pattern, "criterion": criterion, "scope": scope, "exclude": exclude}
-        self._total = {
-            name: torch.Size(_shape(module)).numel() for name, module in prunable(model, exclude).items()
-        }
-        prune_step(model, {}, **self._how)  # bad arguments fail here, before anything is trained or written
+        self._total = sum(module.weight.numel() for module in layers.values())
+        self._rehearse()
         self._example_inputs, self._impl = example_inputs, impl
-        self._note = dict(note or {})
         self._run_dir = run_dir
+        self.config = self._configuration(note or {})
         self.point: Snapshot | None = None
         self.end: dict[str, Any] = {}
         self.order_seed = 0
         self.summary: dict[str, Any] = {}
 
-    @property
-    def config(self) -> dict[str, Any]:
+    def _rehearse(self) -> None:
+        """Bad arguments fail here, before anything is trained or written."""
+        rng = get_rng()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            prune_step(self._model, {}, **self._how)
+        set_rng(rng)
+
+    def _configuration(self, note: Mapping[str, Any]) -> dict[str, Any]:
         """What was asked for, JSON-ready."""
         how = self._how
-        criterion = how["criterion"] if isinstance(how["criterion"], str) else how["criterion"].__name__
-        shapes = {name: list(tensor.shape) for name, tensor in self._model.state_dict().items()}
-        return {
+        rate, criterion = how["rate"], how["criterion"]
+        config = {
             "rounds": self._rounds,
-            "rate": how["rate"] if isinstance(how["rate"], int | float) else dict(how["rate"]),
+            "rate": dict(rate) if isinstance(rate, Mapping) else rate,
             "pattern": str(self.pattern),
-            "criterion": criterion,
+            "criterion": getattr(criterion, "__name__", type(criterion).__name__) if callable(criterion) else criterion,
             "scope": how["scope"],
-            "rewind": "init" if self.rewind == Rewind("weights") else _text(self.rewind),
-            "exclude": [how["exclude"]] if isinstance(how["exclude"], str) else list(how["exclude"]),
+            "rewind": _text(self.rewind),
+            "exclude": list(how["exclude"]),
             "impl": self._impl,
-            "parameters": shapes,
-            **self._note,
+            "parameters": {name: list(tensor.shape) for name, tensor in self._model.state_dict().items()},
         }
+        if taken := config.keys() & note.keys():
+            raise ValueError(f"Expected a note without the search's own names, got {sorted(taken)}")
+        try:
+            return json.loads(json.dumps(config | dict(note)))
+        except TypeError as error:
+            raise TypeError(f"Expected a note of JSON values, got {error}") from None
 
     def density(self, masks: Mapping[str, Tensor]) -> float:
         """Share of all prunable weights that ``masks`` leave alive."""
         dead = sum(mask.numel() - int(mask.sum()) for mask in masks.values())
-        return 1 - dead / max(1, sum(self._total.values()))
+        return 1 - dead / max(1, self._total)
 
-    def convert(self, model: nn.Module, masks: Masks) -> nn.Module:
-        """A dense model with ``masks`` as this search trains it."""
-        return convert(model, masks, self._example_inputs, training=True, impl=self._impl, inplace=True)
+    def convert(self, model: nn.Module, masks: Masks, formats: Mapping[str, str]) -> nn.Module:
+        """A dense model with ``masks`` as this search trains it, in place; ``formats`` are of an earlier conversion."""
+        return convert(model, masks, self._example_inputs, training=True, impl=formats or self._impl, inplace=True)
 
     def keep_point(self, snapshot: Snapshot) -> None:
         """Keep the snapshot that later rounds rewind to."""
@@ -166,7 +218,7 @@ class TicketSearch:
         self.order_seed = int(hashlib.sha256(start.rng["torch"].numpy().tobytes()).hexdigest()[:12], 16)
         results: list[dict] = []
         for number in range(self._rounds + 1):
-            result = run.result(number)
+            result, fresh = run.result(number), False
             if result is None or (number == 0 and late and self.point is None):
                 clock = time.perf_counter()
                 round_ = self._open_round(number, start)
@@ -174,9 +226,11 @@ class TicketSearch:
                 yield round_
                 closed = time.perf_counter()
                 result = self._close_round(round_, opened - clock, closed - opened)
+                fresh = True
             results.append(result)
             self.summary = summarize(self.config, results)
-            run.keep_summary(self.summary)
+            if fresh or number == self._rounds:
+                run.keep_summary(self.summary)
 
     def _check_start(self, start: Snapshot) -> None:
         shapes = {name: list(tensor.shape) for name, tensor in start.model.items()}
@@ -189,43 +243,41 @@ class TicketSearch:
             model.load_state_dict(start.model)
             set_rng(start.rng)
             return Round(0, model, {}, self.rewind, self)
-        trained, masks, self.end = self._run.load_round(number - 1)
+        trained, masks, self.end = self._run.load_last(number - 1)
         model.load_state_dict(trained)
         set_rng(self.end["rng"])  # a random criterion draws the same after a resume
         masks = prune_step(model, masks, **self._how)
         if self.rewind.kind == "weights":
-            if self.point is None:
-                raise ValueError(
-                    f"Expected round.begin(optimizer) and round.step() in round 0 to reach the rewind point "
-                    f"{_text(self.rewind)}, got no snapshot"
-                )
             model.load_state_dict(self.point.model)
-        model = self.convert(model, masks)
-        set_rng(self.end["rng"] if self.rewind.kind == "none" else (self.point or start).rng)
+        # Formats round differently and are chosen by the clock: a round that was begun keeps those it had.
+        model = self.convert(model, masks, self._run.formats(number))
+        self._run.keep_formats(number, _formats(model))
+        set_rng(self.end["rng"] if self.rewind.kind == "none" else self.point.rng)
         return Round(number, model, masks, self.rewind, self)
 
     def _close_round(self, round_: Round, open_seconds: float, seconds: float) -> dict:
-        masks = masks_of(round_.model)
-        if round_.number == 0:
-            masks = {}
-        end = round_.end()
-        state = dense_state(round_.model)
+        round_.check_end()
+        end, state, masks = round_.end(), dense_state(round_.model), masks_of(round_.model)
+        steps, given = round_.steps - round_._first, round_.metrics
+        control = given.get("control_seconds") or 0.0
         result = {
             "round": round_.number,
             "density": round_.density,
             "test_accuracy": None,
             "val_loss": None,
             "early_stop_iteration": None,
-            "train_seconds": seconds,
+            "train_seconds": seconds - control,
             "masked_dense_seconds": None,
-            "steps": round_.steps,
-        } | round_.metrics
-        result["overhead_seconds"] = open_seconds + max(0.0, seconds - result["train_seconds"])
-        if result["masked_dense_seconds"] is None and self._example_inputs is not None and round_.steps:
+            "speedup": None,
+            "steps": steps,
+        } | given
+        train = result["train_seconds"]
+        result["overhead_seconds"] = open_seconds + max(0.0, seconds - train - control)
+        if result["masked_dense_seconds"] is None and self._example_inputs is not None and steps:
             ours, masked = masked_dense_us(round_.model, masks, self._example_inputs)
-            result["masked_dense_seconds"] = result["train_seconds"] + (masked - ours) * round_.steps / 1e6
-        masked = result["masked_dense_seconds"]
-        result["speedup"] = masked / result["train_seconds"] if masked else None
+            result["masked_dense_seconds"] = train + (masked - ours) * steps / 1e6
+        if train and result["masked_dense_seconds"]:
+            result["speedup"] = result["masked_dense_seconds"] / train
         result["layers"] = [
             {"name": layer.name, "shape": list(layer.shape), "density": layer.density, "format": layer.chosen}
             for layer in explain(round_.model).layers
@@ -253,7 +305,8 @@ def tickets(
 
     Round 0 trains the dense network; each of the ``rounds`` that follow removes the share ``rate`` of
     what is left, rewinds the rest and yields the sparse model, so ``rounds + 1`` trainings in all
-    (one-shot pruning is ``rounds=1``). ``model`` itself is never changed.
+    (one-shot pruning is ``rounds=1``). ``model`` itself is never changed. A round is finished, and kept,
+    when the loop asks for the next one; ``break`` or an exception gives the round up.
 
     Args:
         rate, pattern, criterion, scope, exclude: as in :func:`sparsekit.prune`, ``rate`` being a share
@@ -264,7 +317,9 @@ def tickets(
             search goes on after the last finished round and ends bit-equal to an uninterrupted one
             (on the CPU with as many threads, when training draws from torch's, numpy's or Python's
             global generators or from :meth:`Round.permutation`).
-        example_inputs: as in :func:`sparsekit.convert`; also lets the ledger measure masked-dense steps.
+        example_inputs: as in :func:`sparsekit.convert`; also lets the ledger measure masked-dense steps
+            where the loop counts its own by :meth:`Round.step`.
+        impl: force one format, as in :func:`sparsekit.convert`.
         note: JSON values kept in the run's configuration (data set, seed, …) and compared on relaunch.
 
     Raises: ValueError on bad arguments, or a run directory of another configuration, before training.
@@ -274,9 +329,40 @@ def tickets(
     )
 
 
-def _shape(module: nn.Module) -> tuple[int, ...]:
-    return tuple(getattr(module, "weight_orig", module.weight).shape)
-
-
 def _text(rewind: Rewind) -> str:
-    return rewind.kind if rewind.kind != "weights" else f"{rewind.count}{rewind.unit}"
+    if rewind.kind != "weights":
+        return rewind.kind
+    return f"{rewind.count}{rewind.unit}" if rewind.count else "init"
+
+
+def _formats(model: nn.Module) -> dict[str, str]:
+    return {name: module.format.name for name, module in model.named_modules() if isinstance(module, SparseModule)}
+
+
+def _resume_rates(optimizer, scheduler, end: dict[str, Any]) -> None:
+    """Go on at the learning rates the last round ended with."""
+    if end.get("groups") is None:
+        return
+    if len(end["groups"]) != len(optimizer.param_groups):
+        raise ValueError(
+            f"Expected {len(end['groups'])} parameter groups as in the last round, got {len(optimizer.param_groups)}"
+        )
+    for group, rates in zip(optimizer.param_groups, end["groups"], strict=True):
+        group.update(rates)
+    if scheduler is not None and end["scheduler"] is not None:
+        scheduler.load_state_dict(end["scheduler"])
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A metric as a JSON value."""
+    if hasattr(value, "item") and math.prod(value.shape) == 1:  # a tensor's or numpy's
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{name}.{key}", item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    raise TypeError(f"{name}: Expected a number, text, or a list or dict of them, got {type(value).__name__}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..nn import SparseModule
 
-__all__ = ["Rewind", "Snapshot", "decode", "encode", "get_rng", "set_rng"]
+__all__ = ["Rewind", "Snapshot", "check_optimizer", "decode", "encode", "get_rng", "set_rng"]
 
 _STEP = re.compile(r"(\d+)(it|ep)")
 
@@ -93,14 +93,21 @@ class Snapshot:
         return cls(*decode(header["snapshot"], tensors))
 
 
+_OWN = ("params", "param_names")  # what a parameter group holds of its own model, whose parameters are others
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError unless every parameter of ``optimizer`` is one of ``model``."""
+    own = {id(parameter) for parameter in model.parameters()}
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if foreign := sum(id(parameter) not in own for parameter in given):
+        raise ValueError(f"Expected an optimizer over round.model's parameters, got {foreign} of {len(given)} others")
+
+
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
-    if foreign:
-        raise ValueError(f"Expected an optimizer over round.model's parameters, got {len(foreign)} others")
-    state = {names[id(p)]: dict(values) for p, values in optimizer.state.items()}
-    state = {name: {k: _copy(v) for k, v in values.items()} for name, values in state.items()}
-    groups = [{k: _copy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state = {names[id(p)]: {k: _copy(v) for k, v in values.items()} for p, values in optimizer.state.items()}
+    groups = [{k: _copy(v) for k, v in group.items() if k not in _OWN} for group in optimizer.param_groups]
     return {"state": state, "groups": groups}
 
 
@@ -110,30 +117,32 @@ def _copy(value):
 
 @torch.no_grad()
 def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    if len(saved["groups"]) != len(optimizer.param_groups):
-        raise ValueError(
-            f"Expected {len(saved['groups'])} parameter groups as at the rewind point, got {len(optimizer.param_groups)}"
-        )
+    want, got = len(saved["groups"]), len(optimizer.param_groups)
+    if want != got:
+        raise ValueError(f"Expected {want} parameter groups as at the rewind point, got {got}")
     owners = {
         id(module.values): (name, module) for name, module in model.named_modules() if isinstance(module, SparseModule)
     }
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state, groups, count = {}, [], 0
     for group, old in zip(optimizer.param_groups, saved["groups"], strict=True):
-        group.update({k: _copy(v) for k, v in old.items()})
-        for parameter in group["params"]:
-            name, gather = names.get(id(parameter)), _copy
+        numbers = range(count, count := count + len(group["params"]))
+        groups.append({k: _copy(v) for k, v in old.items()} | {"params": list(numbers)})
+        for number, parameter in zip(numbers, group["params"], strict=True):
+            name, gather = names[id(parameter)], _copy
             if id(parameter) in owners:
                 prefix, module = owners[id(parameter)]
                 name = f"{prefix}.weight" if prefix else "weight"
                 gather = _gatherer(module)
             if name in saved["state"]:
-                optimizer.state[parameter] = {k: gather(v) for k, v in saved["state"][name].items()}
+                state[number] = {k: gather(v) for k, v in saved["state"][name].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})  # knows what goes on which device
 
 
 def _gatherer(module: SparseModule):
     def gather(value):
         if isinstance(value, Tensor) and tuple(value.shape) == module.shape:
-            return module.pack(value)
+            return module.pack(value.to(module.values.device))
         return _copy(value)
 
     return gather

@@ -71,6 +71,7 @@ class Fit:
     train_seconds: float
     eval_seconds: float
     step_us: float
+    median_step_us: float
     steps: int
 
 
@@ -126,6 +127,7 @@ def fit(
     best, best_at, best_state = float("inf"), start, None
     seconds = eval_seconds = 0.0
     epoch, perm = -1, None
+    times: list[float] = []
     clock = time.perf_counter()
     for iteration in range(start, training.iterations):
         if iteration // per_epoch != epoch:
@@ -136,11 +138,13 @@ def fit(
             sample()
             clock = time.perf_counter()
         batch = perm[iteration % per_epoch]
+        tick = time.perf_counter()
         step(data.train_x.index_select(0, batch), data.train_y.index_select(0, batch))
         if scheduler is not None:
             scheduler.step()
         if on_step is not None:
             on_step()
+        times.append(time.perf_counter() - tick)
         done = iteration + 1
         if done % training.eval_every == 0 or done == training.iterations:
             now = time.perf_counter()
@@ -160,8 +164,9 @@ def fit(
     if best_state is not None and best_at != training.iterations:
         at_best = _accuracy_with(model, best_state, data)
     eval_seconds += time.perf_counter() - clock
-    steps = max(1, training.iterations - start)
-    return Fit(at_best, final, best, best_at, seconds, eval_seconds, seconds / steps * 1e6, steps)
+    steps = max(1, len(times))
+    median = statistics.median(times or [0.0])
+    return Fit(at_best, final, best, best_at, seconds, eval_seconds, seconds / steps * 1e6, median * 1e6, steps)
 
 
 @torch.no_grad()
@@ -185,12 +190,14 @@ def train_round(round_: Round, data: Dataset, training: Training, progress=None,
     sample = _masked_sampler(round_, data, training, samples)
     result = fit(round_.model, data, training, round_.permutation, round_.begin, round_.step, sample, progress)
     masked_us = statistics.median(samples)
-    round_.record(
-        **asdict(result), masked_dense_step_us=masked_us, masked_dense_seconds=masked_us * result.steps / 1e6
-    )
+    # Median against median: other processes slow a few steps down a lot, and a sample would miss most of them.
+    masked_seconds = result.train_seconds * masked_us / result.median_step_us
+    round_.record(**asdict(result), masked_dense_step_us=masked_us, masked_dense_seconds=masked_seconds)
     if fresh is not None and round_.masks:
-        control = fit(round_.variant(fresh), data, training, round_.permutation)
-        round_.record(controls={"reinit": asdict(control)})
+        start = time.perf_counter()
+        with torch.random.fork_rng():  # the next round must not depend on whether there are controls
+            control = fit(round_.variant(fresh), data, training, round_.permutation)
+        round_.record(controls={"reinit": asdict(control)}, control_seconds=time.perf_counter() - start)
     return result
 
 

@@ -1,0 +1,121 @@
+"""The house: who may import whom, and what the front door shows."""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import sparsekit
+
+ROOT = Path(sparsekit.__file__).resolve().parents[1]
+
+# From the ground up. A module may import from its own floor and from any floor above it in this list.
+FLOORS = [
+    {"schemas", "_version"},
+    {"_native", "device"},
+    {"pattern", "mask"},
+    {"prune"},
+    {"format", "kernels", "files"},
+    {"plan"},
+    {"ops", "autograd", "functional"},
+    {"nn"},
+    {"data", "models", "report"},
+    {"ticket"},
+    {"export"},
+    {"bench", "info"},
+    {"__main__"},
+    {"demo"},
+]
+FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+
+
+def modules():
+    """``{"nn.base": path}`` of everything in the package but its front door."""
+    sources = [*(ROOT / "sparsekit").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    found = {}
+    for path in sources:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts[1:] if parts[0] == "sparsekit" else parts
+        found[".".join(parts).removesuffix(".__init__")] = path
+    del found["__init__"]
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """The sparsekit modules that a module names in an import, at its top or inside a function."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "sparsekit"}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = ["sparsekit", *package[: len(package) - node.level + 1], *filter(None, [node.module])]
+            else:
+                base = (node.module or "").split(".")
+            if base[0] == "sparsekit":
+                found |= {".".join([*base, alias.name]) for alias in node.names}
+    return {_module(dotted.split(".")[1:]) for dotted in found} - {None}
+
+
+def _module(parts: list[str]) -> str | None:
+    """The longest leading part of a dotted name that is a module; None for names of the front door."""
+    for end in range(len(parts), 0, -1):
+        if (name := ".".join(parts[:end])) in MODULES:
+            return name
+    return None
+
+
+def test_every_module_has_a_floor():
+    assert {name.split(".")[0] for name in MODULES} - FLOOR.keys() == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_one_way(name):
+    own = FLOOR[name.split(".")[0]]
+    wrong = {other for other in imports(name) if FLOOR[other.split(".")[0]] > own}
+    assert not wrong, f"{name} imports {wrong} from a later floor"
+
+
+def test_kernel_folders_do_not_know_each_other():
+    for name in MODULES:
+        folder = name.split(".")[:2]
+        if folder[0] == "kernels" and len(folder) == 2:
+            kernels = {other.split(".")[1] for other in imports(name) if other.startswith("kernels.")}
+            assert kernels <= {folder[1], "reference"}, name
+
+
+def test_no_circles():
+    # A package that gathers names from its own modules is no circle: those never import the package.
+    edges = {name: imports(name) - {name} for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for other in sorted(edges[name]):
+                visit(other, [*path, name])
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, [])
+
+
+def test_front_door():
+    assert len(sparsekit.__all__) <= 20
+    assert sparsekit.__all__ == sorted(sparsekit.__all__)
+    for name in sparsekit.__all__:
+        assert inspect.getdoc(getattr(sparsekit, name)), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_names_exist(name):
+    module = importlib.import_module(f"sparsekit.{name}")
+    assert module.__doc__, f"{name} has no docstring"
+    assert [public for public in getattr(module, "__all__", ()) if not hasattr(module, public)] == []

@@ -1,0 +1,260 @@
+"""The command line: what it does, and one sentence with exit code 2 for what it cannot do."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sparsekit as sk
+from sparsekit import models
+from sparsekit.__main__ import main
+
+MODEL, STEPS = "mlp:64-32-10", 40
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch):
+    monkeypatch.delenv("SPARSEKIT_DATA", raising=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def search(out, *options, code=0):
+    pytest.importorskip("sklearn")
+    length = [] if {"--epochs", "--iterations"} & {*options} else ["--iterations", str(STEPS)]
+    rounds = [] if "--rounds" in options else ["--rounds", "2"]
+    model = [] if "--model" in options else ["--model", MODEL]
+    assert main(["ticket", *model, "--data", "digits", *rounds, *length, *options, "--out", str(out)]) == code
+    return json.loads((out / "summary.json").read_text()) if code == 0 else None
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    return folder, search(folder, "--control", "reinit")
+
+
+def test_help_names_the_commands():
+    done = subprocess.run([sys.executable, "-m", "sparsekit", "--help"], capture_output=True, text=True, check=True)
+    for command in ("info", "ticket", "report", "export", "bench"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("argv", [[], ["dance"], ["ticket"], ["export", "x", "--to", "onnx", "-o", "y"], ["report"]])
+def test_usage_errors_are_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2 and "usage: sparsekit" in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    assert torch.__version__ in json.dumps(json.loads(capsys.readouterr().out))
+
+
+def test_a_search_leaves_its_summary(run):
+    folder, summary = run
+    config, rounds = summary["config"], summary["rounds"]
+    assert (config["model"], config["data"], config["iterations"], config["seed"]) == (MODEL, "digits", STEPS, 0)
+    assert config["rate"] == {"*": 0.2, "fc2.weight": 0.1}
+    total = 64 * 32 + 320
+    want = [1, (64 * 32 - 410 + 288) / total, (64 * 32 - 410 - 328 + 259) / total]
+    assert [row["density"] for row in rounds] == pytest.approx(want)
+    assert all(0.5 < row["test_accuracy"] <= 1 and row["speedup"] > 0 for row in rounds)
+    assert ["controls" in row for row in rounds] == [False, True, True]
+    assert summary["total"]["control_seconds"] == pytest.approx(sum(row.get("control_seconds", 0) for row in rounds))
+    assert (folder / "round_02" / "trained.safetensors").is_file()
+
+
+def test_a_relaunch_trains_nothing_and_prints_the_ledger_again(run, capsys, monkeypatch):
+    folder, summary = run
+    monkeypatch.setattr("sparsekit.ticket.command.train_round", None)
+    assert search(folder, "--control", "reinit") == summary
+    printed = capsys.readouterr()
+    assert "accuracy %" in printed.out and str(folder) in printed.out and not printed.err
+
+
+def test_more_rounds_go_on(run, tmp_path):
+    folder, summary = run
+    longer = search(shutil.copytree(folder, tmp_path / "run"), "--control", "reinit", "--rounds", "3")
+    assert longer["rounds"][:3] == summary["rounds"] and len(longer["rounds"]) == 4
+
+
+def test_report(run, capsys):
+    pytest.importorskip("matplotlib")
+    folder, _ = run
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.md")
+    figures = [path.name for path in (folder / "figures").iterdir()]
+    text = (folder / "report.md").read_text()
+    assert len(figures) >= 2 and all(f"figures/{name}" in text for name in figures)
+
+
+def test_export_both_ways(run, tmp_path, capsys):
+    folder, summary = run
+    packed, dense = tmp_path / "t.safetensors", tmp_path / "d.safetensors"
+    assert main(["export", str(folder), "--to", "packed", "-o", str(packed)]) == 0
+    assert capsys.readouterr().out.strip() == str(packed)
+    assert main(["export", str(packed), "--to", "dense", "-o", str(dense)]) == 0
+    model = models.build(MODEL, input_shape=(64,))
+    model.load_state_dict(load_file(dense))
+    ticket = sk.load(packed, model, impl="csr")
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(ticket(x), model(x), rtol=1e-5, atol=1e-5)
+    assert int(sum(mask.sum() for mask in sk.masks_of(ticket).values())) == round(
+        summary["rounds"][2]["density"] * (64 * 32 + 320)
+    )
+    assert main(["export", str(folder), "--to", "dense", "--round", "0", "-o", str(dense)]) == 0
+    assert all((load_file(dense)[name] != 0).all() for name in ("fc1.weight", "fc2.weight"))
+
+
+def facts(summary):
+    return [(row["density"], row["test_accuracy"], row["val_loss"]) for row in summary["rounds"]]
+
+
+def test_the_seed_decides_everything(tmp_path):
+    how = ["--impl", "csr", "--threads", "1", "--criterion", "random"]
+    first, again = (search(tmp_path / name, *how, "--seed", "5") for name in "ab")
+    other = search(tmp_path / "c", *how, "--seed", "6")
+    assert facts(first) == facts(again) and facts(first)[0] != facts(other)[0]
+    assert first["config"]["threads"] == 1
+
+
+def test_controls_do_not_change_the_search(tmp_path):
+    how = ["--impl", "csr", "--threads", "1", "--rewind", "none"]
+    assert facts(search(tmp_path / "a", *how)) == facts(search(tmp_path / "b", *how, "--control", "reinit"))
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "value"),
+    [
+        (["--rate", "0.5"], "rate", {"*": 0.5, "fc2.weight": 0.25}),
+        (["--rate", "0.5", "--scope", "global"], "rate", 0.5),
+        (["--scope", "global"], "rate", 0.2),
+        (["--pattern", "block:4x1"], "pattern", "block:4x1"),
+        (["--pattern", "2:4", "--rounds", "1"], "pattern", "2:4"),
+        (["--criterion", "random"], "criterion", "random"),
+        (["--rewind", "5it"], "rewind", "5it"),
+        (["--rewind", "1ep"], "rewind", "1ep"),
+        (["--rewind", "lr"], "rewind", "lr"),
+        (["--rewind", "none"], "rewind", "none"),
+        (["--epochs", "2"], "iterations", 2 * (1200 // 60)),
+        (["--impl", "dense"], "impl", "dense"),
+    ],
+)
+def test_options(tmp_path, options, key, value):
+    summary = search(tmp_path / "run", "--seed", "3", *options)
+    assert summary["config"][key] == value
+    rounds = summary["rounds"]
+    assert len(rounds) == summary["config"]["rounds"] + 1
+    assert all(later["density"] < row["density"] for row, later in zip(rounds, rounds[1:], strict=False))
+    skipped = {"5it": 5, "1ep": 20}.get(summary["config"]["rewind"], 0)
+    assert [row["steps"] for row in rounds] == [40] + [40 - skipped] * (len(rounds) - 1)
+
+
+def test_channels_of_the_output_layer_are_classes_and_stay(tmp_path):
+    summary = search(tmp_path / "run", "--pattern", "channel", "--rate", "0.3")
+    layers = {layer["name"]: layer for layer in summary["rounds"][2]["layers"]}
+    assert layers["fc2"]["density"] == 1 and layers["fc1"]["density"] < 0.6
+    assert summary["config"]["exclude"] == ["fc2.weight"]
+
+
+def test_a_small_convolutional_net(tmp_path):
+    summary = search(tmp_path / "run", "--model", "digits-conv", "--iterations", "10", "--rounds", "1")
+    assert [layer["shape"] for layer in summary["rounds"][1]["layers"]][0] == [32, 1, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--model", "lenet-5"], "Expected a model of lenet-300-100"),
+        (["--model", "mlp:65-32-10"], "Expected widths from 64"),
+        (["--data", "imagenet"], "Expected a data set of digits, mnist"),
+        (["--pattern", "diagonal"], "Expected a pattern 'unstructured'"),
+        (["--pattern", "2:4"], "Expected rounds=1 with pattern '2:4'"),
+        (["--criterion", "luck"], "Expected a criterion of magnitude, random"),
+        (["--rewind", "soon"], "Expected rewind 'init'"),
+        (["--rewind", "40it"], "Expected --rewind to a step before the last, 40, got 40it"),
+        (["--rewind", "2ep"], "Expected --rewind to a step before the last, 40, got 2ep"),
+        (["--data", "mnist"], "Expected train-images"),
+        (["--data", "mnist", "--data-dir", "/no/such/place"], "/no/such/place, which is not a directory"),
+        (["--rounds", "-1"], "Expected rounds as a whole number of pruning rounds, got -1"),
+        (["--iterations", "0"], "Expected --iterations of at least 1, got 0"),
+        (["--epochs", "0"], "Expected --epochs of at least 1, got 0"),
+        (["--epochs", "-2"], "Expected --epochs of at least 1, got -2"),
+        (["--threads", "0"], "Expected --threads of at least 1, got 0"),
+        (["--rate", "1.5"], "Expected --rate in [0, 1), got 1.5"),
+        (["--rate", "nan"], "Expected --rate in [0, 1), got nan"),
+        (["--impl", "coo"], "Expected a format of dense, compact, csr"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, options, why):
+    search(tmp_path / "run", *options, code=2)
+    printed = capsys.readouterr()
+    assert printed.err.startswith("sparsekit ticket: ") and why in printed.err and printed.err.count("\n") == 1
+    assert not printed.out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tmp_path, capsys):
+    search(tmp_path / "run", "--device", "cuda", code=2)
+    assert "got cuda: torch sees no CUDA device" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_another_configuration_in_the_directory(run, capsys):
+    folder, summary = run
+    search(folder, "--control", "reinit", "--iterations", "41", code=2)
+    assert f"iterations {STEPS}, got 41" in capsys.readouterr().err
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+
+def test_directories_that_are_not_runs(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    search(tmp_path, code=2)
+    search(tmp_path / "file", code=2)
+    for argv in (["report", "gone"], ["export", "gone", "--to", "dense", "-o", "out/d"]):
+        assert (
+            main([arg.replace("gone", str(tmp_path / "gone")).replace("out", str(tmp_path / "out")) for arg in argv])
+            == 2
+        )
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and "got other files" in lines[0] and "got a file" in lines[1]
+    assert "gone" in lines[2] and "gone" in lines[3]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_that_cannot_be_written_to(run, tmp_path, capsys):
+    assert main(["export", str(run[0]), "--to", "dense", "-o", str(tmp_path)]) == 2
+    assert "Expected the name of a file, got a directory" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_130_and_keeps_finished_rounds(tmp_path, capsys, monkeypatch):
+    from sparsekit.ticket import command
+
+    train = command.train_round
+
+    def stop(round_, *args):
+        if round_.number == 1:
+            raise KeyboardInterrupt
+        return train(round_, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "train_round", stop)
+        pytest.importorskip("sklearn")
+        argv = ["ticket", "--model", MODEL, "--data", "digits", "--rounds", "1", "--iterations", "20"]
+        assert main([*argv, "--out", str(tmp_path / "run")]) == 130
+    assert "finished rounds are kept" in capsys.readouterr().err
+    assert (tmp_path / "run" / "round_00").is_dir() and not (tmp_path / "run" / "round_01").exists()
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 0

@@ -1,0 +1,165 @@
+"""The operators as torch sees them: schemas, shape functions, and the two implementations of each."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from sparsekit import _native
+from sparsekit.kernels import reference
+from sparsekit.kernels.csr import layout
+from sparsekit.schemas import SCHEMAS
+
+ops = torch.ops.sparsekit
+
+
+def linear_calls(n, out, features, density):
+    """Arguments of every linear operator for one random weight."""
+    mask = torch.rand(out, features) < density
+    index = layout.csr(mask)
+    csr = tuple(index.values())
+    csc = tuple(layout.transposed(*csr, features).values())
+    values = torch.randn(int(mask.sum()))
+    x, dy, bias = torch.randn(n, features), torch.randn(n, out), torch.randn(out)
+    return {
+        "csr_linear": [(x, values, *csr, bias), (x, values, *csr, None)],
+        "csr_linear_t": [(dy, values, *csc)],
+        "csr_sddmm": [(dy, x, *csr)],
+        "csr_linear_backward": [
+            (dy, x, values, *csr, *csc, *needs)
+            for needs in ((True, True, True), (False, True, False), (True, False, True))
+        ],
+    }
+
+
+def conv_calls(n, out, inputs, size, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+    """Arguments of every convolution operator for one random weight of density 0.3."""
+    shape = (out, inputs // groups, *kernel)
+    mask = torch.rand(shape) < 0.3
+    index = layout.csr(mask)
+    csr = tuple(index.values())
+    csc = tuple(layout.transposed(*csr, layout.columns(shape)).values())
+    conv = tuple(map(list, (kernel, stride, padding, dilation)))
+    values, x, bias = torch.randn(int(mask.sum())), torch.randn(n, inputs, *size), torch.randn(out)
+    y = torch.nn.functional.conv2d(x, torch.zeros(shape), None, stride, padding, dilation, groups)
+    dy = torch.randn_like(y)
+    return {
+        "csr_conv2d": [(x, values, *csr, b, *conv, groups) for b in (bias, None)],
+        "csr_conv2d_t": [(dy, values, *csc, list(size), *conv, groups)],
+        "csr_conv2d_sddmm": [(dy, x, *csr, *conv, groups)],
+        "csr_conv2d_backward": [
+            (dy, x, values, *csr, *csc, *conv, groups, *needs) for needs in ((True, True, True), (False, True, False))
+        ],
+    }
+
+
+LINEARS = {"plain": (5, 7, 9, 0.3), "empty": (3, 4, 6, 0.0), "full": (2, 3, 5, 1.0), "no batch": (0, 7, 9, 0.3)}
+CONVS = {
+    "plain": (2, 4, 3, (7, 6), (3, 3)),
+    "strided": (2, 6, 4, (9, 8), (3, 2), (2, 3), (1, 2), (1, 2), 2),
+    "pointwise": (1, 5, 4, (4, 4), (1, 1)),
+    "no batch": (0, 4, 3, (5, 5), (3, 3)),
+}
+CASES = [
+    *[pytest.param(linear_calls, LINEARS[name], id=f"linear {name}") for name in LINEARS],
+    *[pytest.param(conv_calls, CONVS[name], id=f"conv {name}") for name in CONVS],
+]
+
+
+def flat(result):
+    return result if isinstance(result, tuple | list) else (result,)
+
+
+def test_cases_cover_the_table():
+    assert {*linear_calls(*LINEARS["plain"]), *conv_calls(*CONVS["plain"]), "build_info"} == SCHEMAS.keys()
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_registered_schema_is_the_one_of_the_table(name):
+    assert str(getattr(ops, name).default._schema) == str(torch._C.parse_schema(f"sparsekit::{name}{SCHEMAS[name]}"))
+
+
+@pytest.mark.parametrize(("calls", "sizes"), CASES)
+def test_opcheck(calls, sizes):
+    for name, arguments in calls(*sizes).items():
+        for one in arguments:
+            opcheck(getattr(ops, name).default, one)
+
+
+@pytest.mark.parametrize(("calls", "sizes"), CASES)
+def test_fakes_have_the_shapes_of_real_results(calls, sizes):
+    for name, arguments in calls(*sizes).items():
+        for one in arguments:
+            real = flat(getattr(ops, name)(*one))
+            with FakeTensorMode() as mode:
+                faked = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in one]
+                fake = flat(getattr(ops, name)(*faked))
+            for r, f in zip(real, fake, strict=True):
+                assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride()), name
+
+
+@pytest.mark.parametrize(("calls", "sizes"), CASES)
+def test_native_agrees_with_the_reference(calls, sizes):
+    for name, arguments in calls(*sizes).items():
+        for one in arguments:
+            double = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in one]
+            expected = flat(getattr(reference, name)(*double))
+            for got, want in zip(flat(getattr(ops, name)(*one)), expected, strict=True):
+                assert got.shape == want.shape, name
+                assert (got.double() - want).norm() <= 1e-5 * max(float(want.norm()), 1), name
+
+
+FALLBACK = """
+import json, torch, sparsekit as sk
+from sparsekit import _native
+torch.manual_seed(0)
+x, mask = torch.randn(3, 4, 6, 6, requires_grad=True), torch.rand(5, 4, 3, 3) < 0.4
+layer = sk.SparseConv2d(4, 5, 3, padding=1, mask=mask)
+y = layer(x)
+torch.nn.functional.linear(y, layer.weight.new_ones(2, 6)).square().sum().backward()
+head = sk.SparseLinear(4, 3, mask=torch.rand(3, 4) < 0.5)
+h = torch.randn(2, 4, requires_grad=True)
+head(h).square().sum().backward()
+tensors = [y, x.grad, layer.values.grad, layer.bias.grad, h.grad, head.values.grad]
+print(json.dumps({
+    "status": _native.status(), "build": torch.ops.sparsekit.build_info(),
+    "sums": [t.double().square().sum().item() for t in tensors],
+}))
+"""
+
+
+def run_fallback(native):
+    environment = os.environ | {"SPARSEKIT_NATIVE": native, "PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        [sys.executable, "-c", FALLBACK], capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_works_without_the_native_library():
+    without = run_fallback("0")
+    assert without["status"]["loaded"] is False
+    assert "switched off by SPARSEKIT_NATIVE=0" in without["status"]["reason"]
+    assert json.loads(without["build"]) == {}
+    with_it = run_fallback("")
+    assert with_it["status"]["loaded"] is _native.status()["loaded"]
+    assert without["sums"] == pytest.approx(with_it["sums"], rel=1e-5)
+
+
+def test_a_library_of_other_schemas_is_refused(tmp_path, monkeypatch):
+    library = tmp_path / "_C.abi3.so"
+    monkeypatch.setattr(_native, "_PATH", library)
+    assert "was not built" in _native._try_load()["reason"]
+    library.write_bytes(b"torn")
+    assert "does not load" in _native._try_load()["reason"]
+    library.with_suffix(".json").write_text(json.dumps({"schemas": "0" * 16}))
+    status = _native._try_load()
+    assert not status["loaded"] and "another version" in status["reason"] and "g++" in status["reason"]
+    library.with_suffix(".json").write_text("{torn")
+    assert not _native._try_load()["loaded"]
