@@ -30,7 +30,8 @@ DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 def table(results: dict) -> str:
     """Markdown: forward and training-step ratios per layer and sparsity."""
     rows = {row["name"]: row for row in results["rows"]}
-    lines = ["| × best dense torch fp32, forward / training step | " + " | ".join(f"{1 - d:.0%}" for d in DENSITIES) + " |"]
+    head = " | ".join(f"{1 - d:.0%}" for d in DENSITIES)
+    lines = [f"| × best dense torch fp32, forward / training step | {head} |"]
     lines.append("|---|" + "---|" * len(DENSITIES))
     for key, label in SHOWN:
         cells = []
@@ -40,10 +41,10 @@ def table(results: dict) -> str:
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     facts, threads = results["environment"], results["rows"][0]["threads"]
     lines.append(
-        f"\n{facts['cpu']} ({facts['device']}), {threads} threads, torch {facts['torch']}, unstructured masks, `csr` forced, "
-        f"commit {facts['commit']}: medians of interleaved runs against the better of contiguous and channels_last. "
-        "**Bold: sparse loses**; there `convert` keeps the layer dense. torch's fp32 matrix product reaches about a third "
-        "of this CPU's peak, so expect smaller ratios where it does better."
+        f"\n{facts['cpu']} ({facts['device']}), {threads} threads, torch {facts['torch']}, unstructured masks, `csr` "
+        f"forced, commit {facts['commit']}: medians of interleaved runs against the better of contiguous and "
+        "channels_last. **Bold: sparse loses**; there `convert` keeps the layer dense. torch's fp32 matrix product "
+        "reaches about a third of this CPU's peak, so expect smaller ratios where it does better."
     )
     return "\n".join(lines)
 
@@ -62,10 +63,10 @@ def lenet(runs: list[dict]) -> str:
     )
     return (
         f"LeNet-300-100 on MNIST by the paper's recipe, {dense['sparse']['steps']} iterations a round, "
-        f"{len(first['rounds']) - 1} rounds of 20 %, against the best masked-dense loop (`weight * mask`, fused Adam, same "
-        f"threads), both run in full by `benchmarks/tickets.py`. {speeds}. Accuracy at early stop: dense "
-        f"{dense['sparse']['test_accuracy']:.2%}, ticket at 13.5 % of the weights {ticket['sparse']['test_accuracy']:.2%} "
-        f"(masked-dense {ticket['masked']['test_accuracy']:.2%}), the same mask re-initialised "
+        f"{len(first['rounds']) - 1} rounds of 20 %, against the best masked-dense loop (`weight * mask`, fused Adam, "
+        f"same threads), both run in full by `benchmarks/tickets.py`. {speeds}. Accuracy at early stop: dense "
+        f"{dense['sparse']['test_accuracy']:.2%}, ticket at 13.5 % of the weights "
+        f"{ticket['sparse']['test_accuracy']:.2%} (masked-dense {ticket['masked']['test_accuracy']:.2%}), the same mask re-initialised "
         f"{ticket['control']['test_accuracy']:.2%}."
     )
 
@@ -76,12 +77,17 @@ def figure(run: dict, path: Path) -> None:
     left = [100 * row["density"] for row in rounds]
     canvas = Figure(figsize=(9, 3.4), layout="constrained")
     accuracy, speed = canvas.subplots(1, 2)
-    accuracy.plot(left, [100 * r["sparse"]["test_accuracy"] for r in rounds], "o-", color="#0072B2", label="ticket, sparse")
-    accuracy.plot(left, [100 * r["masked"]["test_accuracy"] for r in rounds], "s--", color="#56B4E9", label="ticket, masked dense")
-    accuracy.plot(left[1:], [100 * r["control"]["test_accuracy"] for r in rounds[1:]], "^:", color="#D55E00", label="re-initialised")
+    blue, sky, red = ({"color": color} for color in ("#0072B2", "#56B4E9", "#D55E00"))
+    for who, style, color, label in (
+        ("sparse", "o-", blue, "ticket, sparse"),
+        ("masked", "s--", sky, "ticket, masked dense"),
+        ("control", "^:", red, "re-initialised"),
+    ):
+        shown = [(100 * r["density"], 100 * r[who]["test_accuracy"]) for r in rounds if r[who]]
+        accuracy.plot(*zip(*shown, strict=True), style, label=label, **color)
     accuracy.set_ylabel("test accuracy at early stop, %")
-    speed.plot(left, [r["sparse"]["step_us"] for r in rounds], "o-", color="#0072B2", label="sparse")
-    speed.plot(left, [r["masked"]["step_us"] for r in rounds], "s--", color="#56B4E9", label="masked dense")
+    speed.plot(left, [r["sparse"]["step_us"] for r in rounds], "o-", label="sparse", **blue)
+    speed.plot(left, [r["masked"]["step_us"] for r in rounds], "s--", label="masked dense", **sky)
     speed.set_ylabel(f"training step, us ({run['threads']} threads)")
     speed.set_ylim(bottom=0)
     for axes in (accuracy, speed):
@@ -102,7 +108,8 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, part in parts.items():
-        text, count = re.subn(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m, part=part: m[1] + part + m[2], text, flags=re.S)
+        marked = f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        text, count = re.subn(marked, lambda m, part=part: m[1] + part + m[2], text, flags=re.S)
         if count != 1:
             raise ValueError(f"README.md: Expected one <!-- {name} --> part, got {count}")
     readme.write_text(text)

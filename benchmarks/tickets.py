@@ -105,20 +105,20 @@ def main() -> None:
             )
         wall = time.perf_counter() - start - control_seconds
     late = [row for row in rows if row["density"] < 0.14]
+    ours, theirs = (sum(row[who]["train_seconds"] for row in late) for who in ("sparse", "masked"))
     total = {
         "wall_seconds": wall,
         "masked_wall_seconds": masked_seconds,
         "ratio": masked_seconds / wall,
-        "late_ratio": sum(r["masked"]["train_seconds"] for r in late) / max(1e-9, sum(r["sparse"]["train_seconds"] for r in late)),
-    }  # fmt: skip
+        "late_ratio": theirs / ours if late else None,
+    }
     print(
         f"whole search {wall:.1f} s, masked dense {masked_seconds:.1f} s: {total['ratio']:.2f}x; "
-        f"training in rounds under 14 %: {total['late_ratio']:.2f}x ({args.threads} threads)"
+        f"training in rounds under 14 %: {total['late_ratio'] or float('nan'):.2f}x ({args.threads} threads)"
     )
     if args.json:
-        args.json.write_text(
-            json.dumps({"environment": environment(), "threads": args.threads, "rounds": rows, "total": total}, indent=1)
-        )
+        result = {"environment": environment(), "threads": args.threads, "rounds": rows, "total": total}
+        args.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

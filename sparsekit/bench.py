@@ -151,19 +151,13 @@ def _thunk(module: nn.Module, x: Tensor, work: str) -> Callable[[], object]:
 
         def forward():
             with torch.no_grad():
-                return _done(module(x))
+                return module(x)
 
         return forward
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     wanted = [x, *module.parameters()]
     dy = torch.randn_like(module(x))
-    return lambda: _done(torch.autograd.grad(module(x), wanted, dy))
-
-
-def _done(result):
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result
+    return lambda: torch.autograd.grad(module(x), wanted, dy)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import load, models
 from . import data as datasets
+from . import load, models
 from .__main__ import main as cli
 from .export import export_file
 from .files import read_json, write_json
@@ -59,8 +59,9 @@ def _serve(run: Path, name: str, batch: int) -> None:
         gap = float((sparse(x) - plain(x)).abs().max())
         times = measure({"dense": lambda: plain(x), "sparse": lambda: sparse(x)}, seconds=0.5)
     print(explain(sparse))
+    sizes = [file.stat().st_size / 1024 for file in (packed, dense)]
     print(
-        f"reloaded from {packed} ({packed.stat().st_size / 1024:.0f} KiB, dense {dense.stat().st_size / 1024:.0f} KiB); "
+        f"reloaded from {packed} ({sizes[0]:.0f} KiB, dense {sizes[1]:.0f} KiB); "
         f"largest difference to dense {gap:.1e}\n"
         f"inference, batch {len(x)}: dense {times['dense']:.0f} us, sparse {times['sparse']:.0f} us, "
         f"{times['dense'] / times['sparse']:.2f}x"

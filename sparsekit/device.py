@@ -68,6 +68,12 @@ def compilers() -> dict[str, dict[str, str] | None]:
     return {name: _compiler(name) for name in ("gcc", "g++", "clang", "clang++", "nvcc")}
 
 
+def settle() -> None:
+    """Wait for the GPU where one is in use: a clock read earlier has timed launches only."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def cache_dir() -> Path:
     """Where measured plans are kept: ``SPARSEKIT_CACHE``, else ``~/.cache/sparsekit``; not created here."""
     if given := os.environ.get("SPARSEKIT_CACHE"):

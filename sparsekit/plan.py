@@ -60,8 +60,10 @@ def measure(thunks: Mapping[str, Callable[[], object]], seconds: float = 0.02) -
     repeats = {}
     for name, thunk in thunks.items():
         thunk()
+        device.settle()
         start = time.perf_counter()
         thunk()
+        device.settle()
         once = max(time.perf_counter() - start, 1e-7)
         repeats[name] = max(1, min(50, int(2e-4 / once)))  # a round of at least 0.2 ms, above timer noise
     samples: dict[str, list[float]] = {name: [] for name in thunks}
@@ -73,6 +75,7 @@ def measure(thunks: Mapping[str, Callable[[], object]], seconds: float = 0.02) -
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 thunk()
+            device.settle()
             samples[name].append((time.perf_counter() - start) / repeats[name])
     return {name: statistics.median(values) * 1e6 for name, values in samples.items()}
 

@@ -237,11 +237,13 @@ def _total(summary: Summary) -> str:
     text = f"Training took {_number(total.get('train_seconds'), '.1f')} s"
     if _finite(total.get("masked_dense_seconds")):
         text += f"; masked dense would have taken {_number(total['masked_dense_seconds'], '.1f')} s"
-        text += f" ({_times(total.get('speedup'))} as long)" if _finite(total.get("speedup")) else ""
+        text += f" ({_times(total.get('speedup'))})" if _finite(total.get("speedup")) else ""
     else:
         text += "; masked dense was not measured"
     if _finite(total.get("overhead_seconds")):
         text += f"; pruning, planning, evaluation and saving {_number(total['overhead_seconds'], '.1f')} s"
+    if total.get("control_seconds"):
+        text += f"; controls {_number(total['control_seconds'], '.1f')} s"
     return text + "."
 
 

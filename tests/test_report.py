@@ -67,7 +67,7 @@ def test_the_whole_report(tmp_path):
     assert "| 3 | 51.3 | 98.00 | 97.00 | 2700 | 3.0 | 12.5 | 4.17x | csr x2, dense |" in text
     assert "20 % (`fc3.weight` 10 %) of the survivors" in text
     assert "| fc3 | 10x100 | 65.6 | dense |" in text
-    assert "27.4 s; masked dense would have taken 62.5 s (2.28x as long)" in text
+    assert "27.4 s; masked dense would have taken 62.5 s (2.28x)" in text
     assert "dense 812 µs, sparse 131 µs, 6.20x as fast; the file has 182.34 kB against 1.07 MB dense" in text
     for name in ("accuracy", "early_stop", "seconds", "density"):
         assert f"(figures/{name}.png)" in text

@@ -693,6 +693,11 @@ def test_a_control_is_recorded_but_not_counted_as_training(monkeypatch):
     first, slow = other[1].fc1.weight.detach().clone(), 5.0
 
     clock = [0.0]
+
+    def tick():
+        clock[0] += 1e-6
+        return clock[0]
+
     real = fit
 
     def fit_slowly(model, *args, **kwargs):
@@ -702,7 +707,7 @@ def test_a_control_is_recorded_but_not_counted_as_training(monkeypatch):
 
     monkeypatch.setattr("sparsekit.ticket.train.fit", fit_slowly)
     for module in ("train", "loop"):
-        monkeypatch.setattr(f"sparsekit.ticket.{module}.time.perf_counter", lambda: clock[0] + 1e-6)
+        monkeypatch.setattr(f"sparsekit.ticket.{module}.time.perf_counter", tick)
     found = search(model, 1)
     noise = []
     for round_ in found:
@@ -710,9 +715,9 @@ def test_a_control_is_recorded_but_not_counted_as_training(monkeypatch):
         noise.append(torch.rand(1).item())
     row = found.summary["rounds"][1]
     assert "controls" not in found.summary["rounds"][0] and found.summary["rounds"][0].get("control_seconds") is None
-    assert row["controls"]["reinit"]["test_accuracy"] >= 0 and row["control_seconds"] == pytest.approx(slow)
-    assert row["train_seconds"] == 0 and row["overhead_seconds"] == pytest.approx(slow)  # of the ticket's own fit
-    assert found.summary["total"]["control_seconds"] == pytest.approx(slow)
+    assert row["controls"]["reinit"]["test_accuracy"] >= 0 and row["control_seconds"] == pytest.approx(slow, rel=0.01)
+    assert row["train_seconds"] < 0.01 and row["overhead_seconds"] == pytest.approx(slow, rel=0.01)  # the ticket's own
+    assert found.summary["total"]["control_seconds"] == row["control_seconds"]
     assert torch.equal(other[1].fc1.weight, first)  # the control trained a copy
     assert noise[0] == noise[1]  # and drew from other generators
 

@@ -124,7 +124,8 @@ def masks_of(model: nn.Module) -> Masks:
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that :func:`to_dense` would give, without building the model; copies."""
     state = {}
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
+    modules = model.named_modules(remove_duplicate=False)  # a module under two names has two sets of keys
+    packed = {name: module for name, module in modules if isinstance(module, SparseModule)}
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         if owner in packed and leaf == "values":

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import device
 from ..data import Dataset
 from .ledger import masked_dense
 from .loop import Round
@@ -70,6 +71,7 @@ class Fit:
     early_stop_iteration: int
     train_seconds: float
     eval_seconds: float
+    sample_seconds: float
     step_us: float
     median_step_us: float
     steps: int
@@ -125,7 +127,7 @@ def fit(
     step = make_step(model.train(), optimizer)
     sample_at = {start + (training.iterations - start) * i // _SAMPLES for i in range(_SAMPLES)}
     best, best_at, best_state = float("inf"), start, None
-    seconds = eval_seconds = 0.0
+    seconds = eval_seconds = sample_seconds = 0.0
     epoch, perm = -1, None
     times: list[float] = []
     clock = time.perf_counter()
@@ -134,9 +136,11 @@ def fit(
             epoch = iteration // per_epoch
             perm = order(len(data.train_y), epoch).to(data.train_y.device).split(training.batch_size)
         if sample is not None and iteration in sample_at:
-            seconds += time.perf_counter() - clock
+            now = time.perf_counter()
+            seconds += now - clock
             sample()
             clock = time.perf_counter()
+            sample_seconds += clock - now
         batch = perm[iteration % per_epoch]
         tick = time.perf_counter()
         step(data.train_x.index_select(0, batch), data.train_y.index_select(0, batch))
@@ -144,6 +148,7 @@ def fit(
             scheduler.step()
         if on_step is not None:
             on_step()
+        device.settle()
         times.append(time.perf_counter() - tick)
         done = iteration + 1
         if done % training.eval_every == 0 or done == training.iterations:
@@ -166,7 +171,9 @@ def fit(
     eval_seconds += time.perf_counter() - clock
     steps = max(1, len(times))
     median = statistics.median(times or [0.0])
-    return Fit(at_best, final, best, best_at, seconds, eval_seconds, seconds / steps * 1e6, median * 1e6, steps)
+    return Fit(
+        at_best, final, best, best_at, seconds, eval_seconds, sample_seconds, seconds / steps * 1e6, median * 1e6, steps
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -191,7 +198,7 @@ def train_round(round_: Round, data: Dataset, training: Training, progress=None,
     result = fit(round_.model, data, training, round_.permutation, round_.begin, round_.step, sample, progress)
     masked_us = statistics.median(samples)
     # Median against median: other processes slow a few steps down a lot, and a sample would miss most of them.
-    masked_seconds = result.train_seconds * masked_us / result.median_step_us
+    masked_seconds = result.train_seconds * masked_us / max(result.median_step_us, 1e-3)
     round_.record(**asdict(result), masked_dense_step_us=masked_us, masked_dense_seconds=masked_seconds)
     if fresh is not None and round_.masks:
         start = time.perf_counter()
@@ -212,6 +219,7 @@ def _masked_sampler(round_: Round, data: Dataset, training: Training, samples: l
                 batch = batches[(len(samples) + number) % len(batches)]
                 start = time.perf_counter()
                 step(data.train_x.index_select(0, batch), data.train_y.index_select(0, batch))
+                device.settle()
                 if number >= _WARM_STEPS:
                     samples.append((time.perf_counter() - start) * 1e6)
 
