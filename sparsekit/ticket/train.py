@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,7 +16,7 @@ from ..data import Dataset
 from .ledger import masked_dense
 from .loop import Round
 
-__all__ = ["Fit", "Training", "evaluate", "fit", "train_round"]
+__all__ = ["Fit", "Training", "evaluate", "fit", "fitting", "train_round"]
 
 _SAMPLES, _SAMPLE_STEPS, _WARM_STEPS = 3, 30, 5
 
@@ -105,7 +105,19 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> tuple
     return loss / len(y), hits / len(y)
 
 
-def fit(
+def fit(*args, progress: Callable[[int], None] | None = None, **options) -> Fit:
+    """:func:`fitting` from start to end; ``progress`` is called after every evaluation with the iteration."""
+    steps = fitting(*args, **options)
+    while True:
+        try:
+            done = next(steps)
+        except StopIteration as end:
+            return end.value
+        if progress is not None:
+            progress(done)
+
+
+def fitting(
     model: nn.Module,
     data: Dataset,
     training: Training,
@@ -113,12 +125,11 @@ def fit(
     begin: Callable[..., int] | None = None,
     on_step: Callable[[], None] | None = None,
     sample: Callable[[], None] | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Fit:
-    """Train ``model`` on ``data``; ``order(count, epoch)`` gives each epoch's permutation.
+) -> Generator[int, None, Fit]:
+    """Train ``model`` on ``data``, yielding the iteration after every evaluation; what passes there is not timed.
 
-    ``begin`` is :meth:`Round.begin`, ``on_step`` :meth:`Round.step`; ``sample`` is called a few times
-    outside the timed steps, ``progress`` after every evaluation with the iteration.
+    ``order(count, epoch)`` gives each epoch's permutation, ``begin`` is :meth:`Round.begin`, ``on_step``
+    :meth:`Round.step`; ``sample`` is called a few times outside the timed steps.
     """
     optimizer = training.make_optimizer(model)
     scheduler = training.make_scheduler(optimizer)
@@ -158,10 +169,9 @@ def fit(
             if loss < best or best_state is None:
                 best, best_at = loss, done
                 best_state = [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+            eval_seconds += time.perf_counter() - now
+            yield done
             clock = time.perf_counter()
-            eval_seconds += clock - now
-            if progress is not None:
-                progress(done)
     seconds += time.perf_counter() - clock
     clock = time.perf_counter()
     _, final = evaluate(model, data.test_x, data.test_y)
@@ -195,7 +205,7 @@ def train_round(round_: Round, data: Dataset, training: Training, progress=None,
     """
     samples: list[float] = []
     sample = _masked_sampler(round_, data, training, samples)
-    result = fit(round_.model, data, training, round_.permutation, round_.begin, round_.step, sample, progress)
+    result = fit(round_.model, data, training, round_.permutation, round_.begin, round_.step, sample, progress=progress)
     masked_us = statistics.median(samples)
     # Median against median: other processes slow a few steps down a lot, and a sample would miss most of them.
     masked_seconds = result.train_seconds * masked_us / max(result.median_step_us, 1e-3)
