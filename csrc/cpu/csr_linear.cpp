@@ -6,7 +6,7 @@ namespace sparsekit {
 namespace {
 
 constexpr int64_t kTileBytes = 32 << 10;   // the piece of a panel that should stay in L1
-constexpr int64_t kMinPerTile = 16;         // survivors per row that make a tile worth its partial sums
+constexpr int64_t kMinPerTile = 8;         // survivors per row that make a tile worth its partial sums
 constexpr int64_t kPackedBytes = 16 << 20;  // activations packed at a time
 
 double pack_cost(int64_t samples, int64_t features) { return 0.1 * double(samples) * double(features); }
