@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from . import __version__, device
 from .nn import SparseConv2d, SparseLinear, SparseModule
 from .plan import measure
 
-__all__ = ["SUITES", "Case", "Row", "environment", "run", "run_case"]
+__all__ = ["SUITES", "Case", "Row", "Setup", "environment", "run", "run_case", "set_up"]
 
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 
@@ -95,8 +95,19 @@ SUITES: dict[str, tuple[Case, ...]] = {
 }
 
 
-def run_case(case: Case, where: str = "cpu") -> Row:
-    """Measure one case; raises AssertionError when the sparse output is wrong, because then no time counts."""
+class Setup(NamedTuple):
+    """A case ready to time: ``thunks`` holds ``sparse`` and its rivals, ``notes`` why a rival is missing."""
+
+    sparse: SparseModule
+    dense: nn.Module
+    x: Tensor
+    error: float
+    thunks: dict[str, Callable[[], object]]
+    notes: dict[str, str]
+
+
+def set_up(case: Case, where: str = "cpu") -> Setup:
+    """Build a case; raises AssertionError when the sparse output is wrong, because then no time counts."""
     generator = torch.Generator().manual_seed(0)
     dense = _LAYERS[case.layer][0]()
     mask = torch.rand(dense.weight.shape, generator=generator) < case.density
@@ -111,14 +122,19 @@ def run_case(case: Case, where: str = "cpu") -> Row:
         raise AssertionError(f"{case.name}: Expected the float64 dense result within 1e-4, got {error:.1e}; not timed")
     thunks, notes = _rivals(dense, x, case.work)
     thunks["sparse"] = _thunk(sparse, x, case.work)
+    return Setup(sparse, dense, x, error, thunks, notes)
+
+
+def run_case(case: Case, where: str = "cpu") -> Row:
+    """Measure one case."""
+    sparse, dense, x, error, thunks, notes = set_up(case, where)
     times = measure(thunks, seconds=0.4)
     sparse_us = times.pop("sparse")
     dense_us = min(us for name, us in times.items() if name.startswith("dense"))
-    survivors = int(mask.sum())
     positions = x.shape[0]
     if x.dim() == 4:
-        positions *= dense(x).shape[2] * dense(x).shape[3]
-    flops = 2 * survivors * positions * (3 if case.work == "step" else 1)
+        positions *= dense(x).shape[2:].numel()
+    flops = 2 * sparse.values.numel() * positions * (3 if case.work == "step" else 1)
     plain = [p.numel() * p.element_size() for p in dense.parameters()]
     return Row(
         case.name, case.density, case.work, torch.get_num_threads(), sparse_us, dense_us, dense_us / sparse_us,
