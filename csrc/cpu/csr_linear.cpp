@@ -6,7 +6,9 @@ namespace sparsekit {
 namespace {
 
 constexpr int64_t kTileBytes = 32 << 10;   // the piece of a panel that should stay in L1
-constexpr int64_t kMinPerTile = 8;         // survivors per row that make a tile worth its partial sums
+// Survivors per row and tile that pay for what a tile costs: partial sums read again, and in a sampled
+// product a last group of dot products that is not full.
+constexpr int64_t kProductPerTile = 12, kSddmmPerTile = 16;
 constexpr int64_t kPackedBytes = 16 << 20;  // activations packed at a time
 
 double pack_cost(int64_t samples, int64_t features) { return 0.1 * double(samples) * double(features); }
@@ -24,11 +26,11 @@ struct Tiles {
   int64_t features, each, count;
 
   // One tile when a row has too few survivors in each to pay for loading its partial sums again.
-  Tiles(int64_t features, int64_t bytes_per_feature, int64_t rows, int64_t survivors)
+  Tiles(int64_t features, int64_t bytes_per_feature, int64_t rows, int64_t survivors, int64_t per_tile)
       : features(features),
         each(std::max<int64_t>(1, kTileBytes / bytes_per_feature)),
         count((features + each - 1) / each) {
-    if (survivors < kMinPerTile * count * rows) each = std::max<int64_t>(features, 1), count = 1;
+    if (survivors < per_tile * count * rows) each = std::max<int64_t>(features, 1), count = 1;
   }
 
   // f(begin, end) per tile, the bounds of its survivors for `rows` rows; crow points at the first row.
@@ -61,7 +63,7 @@ struct PanelProduct {
     if (rows.begin >= rows.end) return;
     const int64_t width = panels.width_of(i);
     const Tiles tiles(panels.features, width * int64_t(sizeof(T)), rows.end - rows.begin,
-                      lists.crow[rows.end] - lists.crow[rows.begin]);
+                      lists.crow[rows.end] - lists.crow[rows.begin], kProductPerTile);
     const int64_t block = tiles.count > 1 ? 256 : 64;
     T* result = Workspace::mine().get<T>(Workspace::kTile, block * width);
     for (int64_t r = rows.begin; r < rows.end; r += block) {
@@ -99,7 +101,8 @@ void sddmm_span(const Panels<T>& dy, const Panels<T>& x, const Lists& lists, Spa
   const int64_t row_end = std::lower_bound(crow, crow + lists.rows + 1, int32_t(span.end)) - crow;
   for (int64_t i = 0; i < x.count; ++i) {
     const int64_t width = x.width_of(i);
-    const Tiles tiles(x.features, width * int64_t(sizeof(T)), row_end - row, span.end - span.begin);
+    const Tiles tiles(x.features, width * int64_t(sizeof(T)), row_end - row, span.end - span.begin,
+                      kSddmmPerTile);
     constexpr int64_t kBlock = 256;
     for (int64_t r = row; r < row_end; r += kBlock) {
       const int64_t count = std::min(kBlock, row_end - r);
