@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Conv", "Format", "Index", "get", "names", "saved_names"]
 
-_KNOWN = ("dense", "compact", "csr")  # simplest first: measured ties go to the earlier one
+_KNOWN = ("dense", "compact", "csr", "bsr")  # simplest first: measured ties go to the earlier one
 
 Index = tuple[Tensor | None, ...]
 
@@ -50,9 +50,12 @@ class Format(ABC):
     def __reduce__(self):
         return get, (self.name,)  # one instance per process: copies and pickles name it
 
+    epilogue: tuple[str, ...] = ()
+    """Activations that ``linear`` and ``conv2d`` take as a last argument and apply for free."""
+
     @abstractmethod
-    def index(self, mask: Tensor) -> dict[str, Tensor]:
-        """The saved index tensors of a bool mask."""
+    def index(self, mask: Tensor, groups: int = 1) -> dict[str, Tensor]:
+        """The saved index tensors of a bool mask; ``groups`` are those of a convolution."""
 
     def derive(self, index: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
         """The derived index tensors, which only the backward pass needs."""

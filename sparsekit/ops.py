@@ -1,19 +1,24 @@
 """The torch operators ``torch.ops.sparsekit.*``: schemas, shape functions, and who implements them.
 
 Schemas come from :mod:`sparsekit.schemas`, by way of the native library when it is there. Every
-operator has the naive implementation of ``kernels/reference.py`` for all devices; a kernel registered
-for a device (the native library does so for the CPU) takes precedence over it.
+operator has the naive implementation of a ``reference.py`` for all devices; a kernel registered for a
+device takes precedence over it: the native library's for the CPU, Triton's for CUDA.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 
 import torch
 
 from . import _native
 from .kernels import reference
+from .kernels.bsr import reference as bsr_reference
 from .schemas import SCHEMAS
+
+_TWINS = {**vars(reference), **vars(bsr_reference)}
 
 _lib = torch.library.Library("sparsekit", "FRAGMENT")
 _native.load()
@@ -22,8 +27,21 @@ for _name, _schema in SCHEMAS.items():
         _lib.define(_name + _schema, tags=())
         if _name == "build_info":
             _lib.impl(_name, lambda: json.dumps({}), "CompositeExplicitAutograd")
-    if hasattr(reference, _name):
-        _lib.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    if _name in _TWINS:
+        _lib.impl(_name, _TWINS[_name], "CompositeExplicitAutograd")
+
+
+def register_triton() -> None:
+    """Put the Triton kernels behind the operators on CUDA; done at import where torch has CUDA and triton is there."""
+    from . import _triton
+    from .kernels.bsr import cuda as bsr
+
+    for name, launcher in bsr.LAUNCHERS.items():
+        _triton.register(_lib, name, launcher, _TWINS[name], bsr.DTYPES)
+
+
+if importlib.util.find_spec("triton") and (torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    register_triton()
 
 
 def _fake(function):
@@ -56,11 +74,15 @@ def csr_linear_backward(
     )
 
 
-@_fake
-def csr_conv2d(x, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups):
-    size = [
+def _output_size(x, kernel_size, stride, padding, dilation):
+    return [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
     ]
+
+
+@_fake
+def csr_conv2d(x, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups):
+    size = _output_size(x, kernel_size, stride, padding, dilation)
     return x.new_empty(x.shape[0], crow_indices.shape[0] - 1, *size)
 
 
@@ -84,6 +106,70 @@ def csr_conv2d_backward(
 ):  # fmt: skip
     return (
         dy.new_empty(x.shape if need_dx else 0),
+        dy.new_empty(values.shape if need_dvalues else 0),
+        dy.new_empty(dy.shape[1] if need_dbias else 0),
+    )
+
+
+@_fake
+def bsr_linear(x, values, crow_indices, col_indices, row_order, bias, out_features, activation):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@_fake
+def bsr_linear_t(dy, values, t_crow, t_row, t_perm, t_order, in_features):
+    return dy.new_empty(dy.shape[0], in_features)
+
+
+@_fake
+def bsr_sddmm(dy, x, crow_indices, col_indices, runs, block):
+    return dy.new_empty(col_indices.shape[0], *block)
+
+
+@_fake
+def bsr_linear_backward(
+    dy, x, values, crow_indices, col_indices, runs, t_crow, t_row, t_perm, t_order, need_dx, need_dvalues, need_dbias
+):
+    return (
+        dy.new_empty(x.shape if need_dx else 0),
+        dy.new_empty(values.shape if need_dvalues else 0),
+        dy.new_empty(dy.shape[1] if need_dbias else 0),
+    )
+
+
+def _image(like, *size):
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+@_fake
+def bsr_conv2d(
+    x, values, crow_indices, col_indices, row_order, bias, out_channels, kernel_size,
+    stride, padding, dilation, groups, activation,
+):  # fmt: skip
+    return _image(x, x.shape[0], out_channels, *_output_size(x, kernel_size, stride, padding, dilation))
+
+
+@_fake
+def bsr_conv2d_t(
+    dy, values, t_crow, t_row, t_perm, t_order, in_channels, input_size, kernel_size, stride, padding, dilation, groups
+):
+    return _image(dy, dy.shape[0], in_channels, *input_size)
+
+
+@_fake
+def bsr_conv2d_sddmm(
+    dy, x, crow_indices, col_indices, runs, block, kernel_size, stride, padding, dilation, groups
+):
+    return dy.new_empty(col_indices.shape[0], *block)
+
+
+@_fake
+def bsr_conv2d_backward(
+    dy, x, values, crow_indices, col_indices, runs, t_crow, t_row, t_perm, t_order,
+    kernel_size, stride, padding, dilation, groups, need_dx, need_dvalues, need_dbias,
+):  # fmt: skip
+    return (
+        _image(dy, *x.shape) if need_dx else dy.new_empty(0),
         dy.new_empty(values.shape if need_dvalues else 0),
         dy.new_empty(dy.shape[1] if need_dbias else 0),
     )

@@ -6,22 +6,18 @@ made when a model is converted, never inside a training step.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from . import _native, device
 from . import format as formats
+from .times import Times
 
 __all__ = ["Explanation", "LayerPlan", "choose", "explain"]
 
@@ -105,56 +101,7 @@ def density_bucket(density: float) -> str:
     return "0" if density <= 0 else str(round(4 * math.log2(density)))
 
 
-class _Cache:
-    """``plans.json`` in the cache directory; a torn file is replaced, an unwritable one done without."""
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._entries: dict[str, dict[str, float]] = {}
-
-    def _load(self) -> None:
-        path = device.cache_dir() / "plans.json"
-        if path != self._path:
-            self._path, self._entries = path, _read_times(path)
-
-    def get(self, key: str) -> dict[str, float] | None:
-        self._load()
-        return self._entries.get(key)
-
-    def put(self, key: str, times: dict[str, float]) -> None:
-        self._load()
-        with warnings.catch_warnings(action="ignore"):  # a torn file was warned of when it was first read
-            theirs = _read_times(self._path)  # another process may have written since
-        self._entries = theirs | self._entries | {key: times}
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w") as file:
-                    json.dump(self._entries, file, indent=0)
-                os.replace(temporary, self._path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-        except OSError as error:
-            warnings.warn(f"{self._path}: the plan cache cannot be written ({error})", stacklevel=4)
-
-
-def _read_times(path: Path) -> dict[str, dict[str, float]]:
-    try:
-        entries = json.loads(path.read_text())
-        entries = {key: {str(name): float(us) for name, us in times.items()} for key, times in entries.items()}
-        if not all(0 < us < math.inf for times in entries.values() for us in times.values()):
-            raise ValueError("times that are not positive")
-        return entries
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        warnings.warn(f"{path}: Expected a plan cache, got {error}; measuring anew", stacklevel=5)
-    return {}
-
-
-_cache = _Cache()
+_cache = Times("plans.json")
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,24 @@ Vocabulary
     column-major (CSC) order: entry ``p`` of column ``j`` sits in row ``t_row[p]`` and its value is
     ``values[t_perm[p]]``. Rows ascend within a column.
 
+    ``bsr_*``: ``values [blocks, R, C]`` are blocks of R outputs by C inputs of one tap (kernel position) and
+    group; with ``rows = ceil(out / groups / R)``, ``cols = ceil(in / groups / C)``, ``taps = kh * kw``:
+    ``crow_indices int32 [groups * rows + 1]``, ``col_indices int32 [blocks]`` = ``tap * cols + input block``
+    (ascending within a block row), ``row_order int32 [groups * rows]`` block rows, longest first,
+    ``runs int32 [runs, 2]`` = (block row, first block) of runs of at most ``max(1, 256 // C)`` blocks of a
+    row, ``t_crow int32 [groups * cols * taps + 1]`` over segments ``(group * cols + input block) * taps +
+    tap``, ``t_row int32 [blocks]`` = ``tap * rows + block row within the group``, ``t_perm int32 [blocks]``
+    which block, ``t_order int32 [groups * cols]`` input blocks, longest first. Entries of ``values`` outside
+    the weight are 0, and so is their gradient. ``activation``: none, relu, gelu (exact), silu.
+    Convolutions return channels_last tensors.
+
 A gradient that a ``*_backward`` operator was not asked for comes back as an empty tensor.
 """
 
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _T = "Tensor t_crow, Tensor t_row, Tensor t_perm"
+_BT = f"{_T}, Tensor t_order"
+_NEEDS = "bool need_dx, bool need_dvalues, bool need_dbias"
 
 SCHEMAS = {
     "csr_linear": "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias) -> Tensor",
@@ -25,7 +38,7 @@ SCHEMAS = {
     "csr_sddmm": "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices) -> Tensor",
     "csr_linear_backward": (
         f"(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, {_T}, "
-        "bool need_dx, bool need_dvalues, bool need_dbias) -> (Tensor, Tensor, Tensor)"
+        f"{_NEEDS}) -> (Tensor, Tensor, Tensor)"
     ),
     "csr_conv2d": (
         "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, "
@@ -41,7 +54,32 @@ SCHEMAS = {
     "csr_conv2d_backward": (
         f"(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, {_T}, "
         f"int[2] kernel_size, {_CONV}, "
-        "bool need_dx, bool need_dvalues, bool need_dbias) -> (Tensor, Tensor, Tensor)"
+        f"{_NEEDS}) -> (Tensor, Tensor, Tensor)"
+    ),
+    "bsr_linear": (
+        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor row_order, Tensor? bias, "
+        "int out_features, str activation) -> Tensor"
+    ),
+    "bsr_linear_t": f"(Tensor dy, Tensor values, {_BT}, int in_features) -> Tensor",
+    "bsr_sddmm": "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, Tensor runs, int[2] block) -> Tensor",
+    "bsr_linear_backward": (
+        f"(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor runs, {_BT}, "
+        f"{_NEEDS}) -> (Tensor, Tensor, Tensor)"
+    ),
+    "bsr_conv2d": (
+        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor row_order, Tensor? bias, "
+        f"int out_channels, int[2] kernel_size, {_CONV}, str activation) -> Tensor"
+    ),
+    "bsr_conv2d_t": (
+        f"(Tensor dy, Tensor values, {_BT}, int in_channels, int[2] input_size, int[2] kernel_size, {_CONV}) -> Tensor"
+    ),
+    "bsr_conv2d_sddmm": (
+        "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, Tensor runs, int[2] block, "
+        f"int[2] kernel_size, {_CONV}) -> Tensor"
+    ),
+    "bsr_conv2d_backward": (
+        f"(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor runs, {_BT}, "
+        f"int[2] kernel_size, {_CONV}, {_NEEDS}) -> (Tensor, Tensor, Tensor)"
     ),
     "build_info": "() -> str",
 }

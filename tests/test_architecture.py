@@ -14,10 +14,10 @@ ROOT = Path(sparsekit.__file__).resolve().parents[1]
 # From the ground up. A module may import from its own floor and from any floor above it in this list.
 FLOORS = [
     {"schemas", "_version"},
-    {"_native", "device"},
+    {"_native", "_triton", "device"},
     {"pattern", "mask"},
     {"prune"},
-    {"format", "kernels", "files"},
+    {"format", "kernels", "files", "times"},
     {"plan"},
     {"ops", "autograd", "functional"},
     {"nn"},

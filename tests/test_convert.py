@@ -385,7 +385,7 @@ def test_a_converted_model_trains_as_the_masked_one(impl):
 
 def test_real_measurements_end_to_end(monkeypatch):
     monkeypatch.setattr(convert_module, "choose", plan.choose)
-    monkeypatch.setattr(plan, "_cache", plan._Cache())
+    monkeypatch.setattr(plan, "_cache", plan.Times("plans.json"))
     model = Net()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

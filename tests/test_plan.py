@@ -13,7 +13,7 @@ from sparsekit import plan
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(plan, "_cache", plan._Cache())
+    monkeypatch.setattr(plan, "_cache", plan.Times("plans.json"))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def clock(monkeypatch):
 
 def restarted(monkeypatch):
     """As a new process would begin: the file is all that is left."""
-    monkeypatch.setattr(plan, "_cache", plan._Cache())
+    monkeypatch.setattr(plan, "_cache", plan.Times("plans.json"))
 
 
 # ---- the choice -------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_other_candidates_are_measured_anew(clock):
 
 
 def test_two_processes_keep_each_others_entries(clock, monkeypatch):
-    here, there = plan._Cache(), plan._Cache()
+    here, there = plan.Times("plans.json"), plan.Times("plans.json")
     here.get("warm"), there.get("warm")  # both have read the file before either writes
     here.put("a", {"dense": 1.0})
     there.put("b", {"dense": 2.0})
@@ -116,7 +116,7 @@ def test_a_torn_cache_is_measured_anew(clock, monkeypatch, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     thunks = {"dense": clock.thunk(100), "csr": clock.thunk(50)}
-    with pytest.warns(UserWarning, match=r"plans\.json: Expected a plan cache, got .*measuring anew"):
+    with pytest.warns(UserWarning, match=r"plans\.json: Expected a cache of measured times, got .*measuring anew"):
         assert plan.choose(thunks, "key")[0] == "csr"
     restarted(monkeypatch)
     spent = clock.calls

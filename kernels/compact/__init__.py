@@ -20,7 +20,7 @@ class Compact(Format):
     optional_names = ("mask",)
     grouped = False
 
-    def index(self, mask):
+    def index(self, mask, groups=1):
         live = mask.flatten(2) if mask.dim() > 2 else mask.unsqueeze(2)
         rows, cols = (live.any(2).any(axis).nonzero().flatten() for axis in (1, 0))
         if rows.numel() == 0:  # torch convolves no empty tensors: keep one unit, which is all hole

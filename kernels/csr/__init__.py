@@ -21,7 +21,7 @@ class Csr(Format):
     derived_names = ("t_crow", "t_row", "t_perm")
     index_names = ("crow_indices", "col_indices", *derived_names)
 
-    def index(self, mask):
+    def index(self, mask, groups=1):
         return layout.csr(mask)
 
     def derive(self, index, shape):

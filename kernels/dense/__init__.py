@@ -18,7 +18,7 @@ class Dense(Format):
     name = "dense"
     index_names = ("mask",)
 
-    def index(self, mask):
+    def index(self, mask, groups=1):
         return {"mask": mask.clone()}
 
     def survivors(self, index, shape):

@@ -54,7 +54,7 @@ class SparseModule(nn.Module):
         if not fmt.grouped and getattr(self, "groups", 1) != 1:
             name = self.layer_name or type(self).__name__
             raise ValueError(f"{name}: Expected a format that runs grouped convolutions, got {fmt.name!r}")
-        index = {name: tensor.to(weight.device) for name, tensor in fmt.index(mask).items()}
+        index = {name: tensor.to(weight.device) for name, tensor in fmt.index(mask, getattr(self, "groups", 1)).items()}
         if old := getattr(self, "format", None):
             for name in old.index_names:
                 self._buffers.pop(name, None)
@@ -158,7 +158,7 @@ class SparseModule(nn.Module):
         to = weight if assign else self.values
         weight, mask = weight.to(to.device, to.dtype), None if mask is None else mask.to(to.device)
         own = self._saved_index()
-        index = own if mask is None else self.format.index(mask)
+        index = own if mask is None else self.format.index(mask, getattr(self, "groups", 1))
         # The index itself is compared: after to_empty() it holds anything, and no mask can be made of it.
         fits = self.values.device == to.device and self.values.dtype == to.dtype and index.keys() == own.keys()
         if fits and all(torch.equal(index[name], own[name]) for name in index):
