@@ -10,6 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """``y`` under one of the activations that kernels fuse; raises ValueError for others."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"Expected an activation of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return ACTIVATIONS[activation](y)
+
 
 def csr_dense(values: Tensor, crow_indices: Tensor, col_indices: Tensor, cols: int) -> Tensor:
     """``[out, cols]`` from CSR parts."""

@@ -24,7 +24,7 @@ from sparsekit import device
 from sparsekit._version import __version__
 from sparsekit.times import Times
 
-__all__ = ["choose", "on"]
+__all__ = ["choose", "on", "triton_version"]
 
 _ROUNDS = 5
 _ROUND_US = 300.0  # long against the resolution of an event
@@ -64,12 +64,16 @@ def choose(
 
 
 @functools.cache
-def _place(where: torch.device) -> str:
+def triton_version() -> str:
+    """The installed Triton's version, or ``"none"``."""
     try:
-        triton = importlib.metadata.version("triton")
+        return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        triton = "none"
-    return "|".join((device.describe(where), torch.__version__, triton, __version__))
+        return "none"
+
+
+def _place(where: torch.device) -> str:
+    return "|".join((device.describe(where), torch.__version__, triton_version(), __version__))
 
 
 _FAILED = 1e12  # us: a configuration that this device cannot launch, remembered so that it is not tried again

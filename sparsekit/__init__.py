@@ -9,6 +9,7 @@ from .functional import sparse_linear as sparse_linear
 from .nn import SparseConv2d as SparseConv2d
 from .nn import SparseLinear as SparseLinear
 from .nn import convert as convert
+from .nn import fuse as fuse
 from .nn import masks_of as masks_of
 from .nn import to_dense as to_dense
 from .pattern import Pattern as Pattern
@@ -25,6 +26,7 @@ __all__ = [
     "convert",
     "criterion",
     "explain",
+    "fuse",
     "load",
     "masks_of",
     "prunable",

@@ -9,17 +9,25 @@ from torch import Tensor
 
 from .autograd import Conv2dFunction, LinearFunction
 from .format import Conv, Format, Index
+from .kernels.reference import activate
 
 __all__ = ["sparse_conv2d", "sparse_linear"]
 
 
 def sparse_linear(
-    x: Tensor, values: Tensor, index: Index, shape: torch.Size, fmt: Format, bias: Tensor | None = None
+    x: Tensor,
+    values: Tensor,
+    index: Index,
+    shape: torch.Size,
+    fmt: Format,
+    bias: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
-    """``x Wᵀ + bias`` with W stored in a format; differentiable in x, values and bias.
+    """``activation(x Wᵀ + bias)`` with W stored in a format; differentiable in x, values and bias.
 
     Args: ``x [..., in]`` and ``values`` of one floating dtype (autocast casts both), ``index`` the
-    format's index tensors in the order of ``fmt.index_names``, ``shape`` = ``(out, in)``.
+    format's index tensors in the order of ``fmt.index_names``, ``shape`` = ``(out, in)``, ``activation``
+    none, relu, gelu or silu: part of the product where the format's kernels fuse it and no gradient is due.
     Returns: ``[..., out]``. Raises: ValueError when the last dimension of x is not ``in``.
     """
     size = x.shape
@@ -31,8 +39,12 @@ def sparse_linear(
         x = x.reshape(prod(size[:-1]), shape[1])  # -1 is ambiguous when a layer has no inputs
     if torch.is_grad_enabled() and _differentiable(x, values, bias):
         y = LinearFunction.apply(x, values, bias, fmt, shape, index)
+    elif activation in fmt.epilogue:
+        y, activation = fmt.linear(x, values, bias, index, shape, activation), "none"
     else:
         y = fmt.linear(x, values, bias, index, shape)
+    if activation != "none":
+        y = activate(y, activation)
     return y if len(size) == 2 else y.view(*size[:-1], shape[0])
 
 
@@ -44,8 +56,9 @@ def sparse_conv2d(
     fmt: Format,
     bias: Tensor | None = None,
     conv: Conv = Conv(),  # noqa: B008 - an immutable tuple
+    activation: str = "none",
 ) -> Tensor:
-    """The 2-D convolution of x with W stored in a format; differentiable in x, values and bias.
+    """The 2-D convolution of x with W stored in a format, activated; differentiable in x, values and bias.
 
     Args: ``x [N, C, H, W]`` or ``[C, H, W]``, ``shape`` = ``(out, in/groups, kh, kw)``, the rest as in
     :func:`sparse_linear`. Returns: ``[N, out, OH, OW]``.
@@ -63,8 +76,12 @@ def sparse_conv2d(
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     if torch.is_grad_enabled() and _differentiable(x, values, bias):
         y = Conv2dFunction.apply(batch, values, bias, fmt, shape, index, conv)
+    elif activation in fmt.epilogue:
+        y, activation = fmt.conv2d(batch, values, bias, index, shape, conv, activation), "none"
     else:
         y = fmt.conv2d(batch, values, bias, index, shape, conv)
+    if activation != "none":
+        y = activate(y, activation)
     return y if x.dim() == 4 else y.squeeze(0)
 
 

@@ -17,6 +17,8 @@ from torch import nn
 
 from . import _native, device
 from . import format as formats
+from ._version import __version__
+from .kernels import tuning
 from .times import Times
 
 __all__ = ["Explanation", "LayerPlan", "choose", "explain"]
@@ -55,7 +57,8 @@ def measure(thunks: Mapping[str, Callable[[], object]], seconds: float = 0.02) -
     """
     repeats = {}
     for name, thunk in thunks.items():
-        thunk()
+        with tuning.on():
+            thunk()
         device.settle()
         start = time.perf_counter()
         thunk()
@@ -90,10 +93,13 @@ def choose(thunks: Mapping[str, Callable[[], object]], key: str | None = None) -
 
 def cache_key(where: torch.device, *parts: object) -> str:
     """A cache key that changes with everything a timing depends on: device, threads, versions, ``parts``."""
-    build = (_native.status()["build"] or {}) if where.type == "cpu" else {}
-    capability = torch.backends.cpu.get_cpu_capability()
-    versions = (torch.__version__, capability, build.get("version"), build.get("schemas"), build.get("active_isa"))
-    return "|".join(map(str, (device.describe(where), torch.get_num_threads(), *versions, *parts)))
+    build = _native.status()["build"] or {}
+    versions = (torch.__version__, __version__, build.get("version"), build.get("schemas"))
+    if where.type == "cpu":
+        versions += (torch.backends.cpu.get_cpu_capability(), build.get("active_isa"), torch.get_num_threads())
+    else:
+        versions += (tuning.triton_version(),)
+    return "|".join(map(str, (device.describe(where), *versions, *parts)))
 
 
 def density_bucket(density: float) -> str:

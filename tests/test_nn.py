@@ -571,8 +571,10 @@ def test_values_can_be_reparametrized(fmt):
 
 @each_format
 def test_errors_name_the_layer(fmt):
-    masks = {"0.weight": conv(fmt=fmt).survivors(), "2.weight": linear(5, 54).survivors()}
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(54, 5))
+    masks = {"0.weight": conv(fmt=fmt).survivors(), "2.weight": linear(5, 54).survivors()}
+    if fmt == "bsr":
+        masks = sk.prune(model, 0.5, pattern="block:8x8", scope="layer")
     model = sk.convert(model, masks, impl=fmt)
     with pytest.raises(ValueError, match=r"^0: Expected an input of shape \[N, 4, H, W\], got \[2, 3, 5, 5\]"):
         model(torch.randn(2, 3, 5, 5))
@@ -593,7 +595,7 @@ def test_bad_constructions():
         sk.SparseLinear(3, 5, mask=mask)
     with pytest.raises(TypeError, match="weight: Expected a mask of dtype torch.bool, got torch.float32"):
         sk.SparseLinear(5, 3, mask=mask.float())
-    with pytest.raises(ValueError, match="Expected a format of dense, compact, csr, got 'coo'"):
+    with pytest.raises(ValueError, match="Expected a format of dense, compact, csr, bsr, got 'coo'"):
         sk.SparseLinear(5, 3, mask=mask, format="coo")
     with pytest.raises(ValueError, match="SparseConv2d: Expected a format that runs grouped .*, got 'compact'"):
         sk.SparseConv2d(4, 4, 3, groups=2, format="compact")

@@ -12,10 +12,13 @@ from torch.library import opcheck
 
 from sparsekit import _native
 from sparsekit.kernels import reference
+from sparsekit.kernels.bsr import layout as layout_bsr
+from sparsekit.kernels.bsr import reference as bsr_reference
 from sparsekit.kernels.csr import layout
 from sparsekit.schemas import SCHEMAS
 
 ops = torch.ops.sparsekit
+TWINS = {**vars(reference), **vars(bsr_reference)}
 
 
 def linear_calls(n, out, features, density):
@@ -58,6 +61,54 @@ def conv_calls(n, out, inputs, size, kernel, stride=(1, 1), padding=(0, 0), dila
     }
 
 
+def blocks(shape, density, groups=1):
+    """A random block weight: values, forward index, gradient index, transposed list."""
+    block = (8, 16)
+    cells = layout_bsr.blocks(torch.ones(shape), block, groups)
+    cells = (torch.rand(cells.shape[:2]) < density)[:, :, None, None].expand(cells.shape).contiguous()
+    mask = layout_bsr.unblocks(cells, shape, groups)
+    index = layout_bsr.index(mask, block, groups)
+    values = layout_bsr.gather(torch.randn(shape), index["crow_indices"], index["col_indices"], block, groups)
+    grid = layout_bsr.grid(shape, block, groups)
+    transposed = layout_bsr.transposed(index["crow_indices"], index["col_indices"], grid)
+    crow, col, order, runs = index.values()
+    return values, (crow, col, order), (crow, col, runs), tuple(transposed.values())
+
+
+def bsr_linear_calls(n, out, features, density):
+    """Arguments of every block-sparse linear operator for one random weight."""
+    values, forward, gradient, transposed = blocks((out, features), density)
+    x, dy, bias = torch.randn(n, features), torch.randn(n, out), torch.randn(out)
+    return {
+        "bsr_linear": [(x, values, *forward, bias, out, "none"), (x, values, *forward, None, out, "gelu")],
+        "bsr_linear_t": [(dy, values, *transposed, features)],
+        "bsr_sddmm": [(dy, x, *gradient, list(values.shape[1:]))],
+        "bsr_linear_backward": [
+            (dy, x, values, *gradient, *transposed, *needs)
+            for needs in ((True, True, True), (False, True, False), (True, False, True))
+        ],
+    }
+
+
+def bsr_conv_calls(n, out, inputs, size, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+    """Arguments of every block-sparse convolution operator for one random weight."""
+    shape = (out, inputs // groups, *kernel)
+    values, forward, gradient, transposed = blocks(shape, 0.3, groups)
+    conv = tuple(map(list, (kernel, stride, padding, dilation)))
+    x, bias = torch.randn(n, inputs, *size), torch.randn(out)
+    y = torch.nn.functional.conv2d(x, torch.zeros(shape), None, stride, padding, dilation, groups)
+    dy = torch.randn_like(y)
+    return {
+        "bsr_conv2d": [(x, values, *forward, b, out, *conv, groups, "relu") for b in (bias, None)],
+        "bsr_conv2d_t": [(dy, values, *transposed, inputs, list(size), *conv, groups)],
+        "bsr_conv2d_sddmm": [(dy, x, *gradient, list(values.shape[1:]), *conv, groups)],
+        "bsr_conv2d_backward": [
+            (dy, x, values, *gradient, *transposed, *conv, groups, *needs)
+            for needs in ((True, True, True), (False, True, False))
+        ],
+    }
+
+
 LINEARS = {"plain": (5, 7, 9, 0.3), "empty": (3, 4, 6, 0.0), "full": (2, 3, 5, 1.0), "no batch": (0, 7, 9, 0.3)}
 CONVS = {
     "plain": (2, 4, 3, (7, 6), (3, 3)),
@@ -68,6 +119,8 @@ CONVS = {
 CASES = [
     *[pytest.param(linear_calls, LINEARS[name], id=f"linear {name}") for name in LINEARS],
     *[pytest.param(conv_calls, CONVS[name], id=f"conv {name}") for name in CONVS],
+    *[pytest.param(bsr_linear_calls, LINEARS[name], id=f"bsr linear {name}") for name in LINEARS],
+    *[pytest.param(bsr_conv_calls, CONVS[name], id=f"bsr conv {name}") for name in CONVS],
 ]
 
 
@@ -76,7 +129,9 @@ def flat(result):
 
 
 def test_cases_cover_the_table():
-    assert {*linear_calls(*LINEARS["plain"]), *conv_calls(*CONVS["plain"]), "build_info"} == SCHEMAS.keys()
+    linears = {name for calls in (linear_calls, bsr_linear_calls) for name in calls(*LINEARS["plain"])}
+    convs = {name for calls in (conv_calls, bsr_conv_calls) for name in calls(*CONVS["plain"])}
+    assert {*linears, *convs, "build_info"} == SCHEMAS.keys()
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -108,7 +163,7 @@ def test_native_agrees_with_the_reference(calls, sizes):
     for name, arguments in calls(*sizes).items():
         for one in arguments:
             double = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in one]
-            expected = flat(getattr(reference, name)(*double))
+            expected = flat(TWINS[name](*double))
             for got, want in zip(flat(getattr(ops, name)(*one)), expected, strict=True):
                 assert got.shape == want.shape, name
                 assert (got.double() - want).norm() <= 1e-5 * max(float(want.norm()), 1), name

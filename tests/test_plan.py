@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sparsekit as sk
-from sparsekit import plan
+from sparsekit import plan, times
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def test_a_torn_cache_is_measured_anew(clock, monkeypatch, text):
 def test_a_cache_that_cannot_be_written_does_without(clock, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.warns(UserWarning, match="cache cannot be written"):
+    with pytest.warns(UserWarning, match="times cannot be written"):
         assert plan.choose({"dense": clock.thunk(100), "csr": clock.thunk(50)}, "key")[0] == "csr"
     assert plan._cache.get("key") == pytest.approx({"dense": 100, "csr": 50})  # remembered all the same
 
@@ -136,7 +136,7 @@ def test_nothing_half_written_is_left(clock, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(plan.json, "dump", full)
+    monkeypatch.setattr(times.json, "dump", full)
     with pytest.warns(UserWarning, match="No space left"):
         plan.choose({"dense": clock.thunk(100)}, "key")
     assert [*plan.device.cache_dir().iterdir()] == []

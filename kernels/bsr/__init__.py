@@ -29,7 +29,7 @@ class Bsr(Format):
 
     def index(self, mask, groups=1):
         block = layout.best_block(mask, groups)
-        index = {"block": torch.empty(0, groups, *block, dtype=torch.uint8, device=mask.device)}
+        index = {"block": torch.empty(0, groups, *block, dtype=torch.int32, device=mask.device)}
         index |= layout.index(mask, block, groups)
         if not layout.holds(mask, block, groups):
             index["mask"] = layout.gather(mask, index["crow_indices"], index["col_indices"], block, groups)

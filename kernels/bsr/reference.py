@@ -5,17 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..reference import activate
 from . import layout
 
-_ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 _LAST = torch.channels_last
-
-
-def activate(y, activation):
-    """``y`` under one of the activations that kernels fuse; raises ValueError for others."""
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"Expected an activation of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-    return _ACTIVATIONS[activation](y)
 
 
 def _from_transposed(values, t_crow, t_row, t_perm, shape, groups):

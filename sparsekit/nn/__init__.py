@@ -6,4 +6,5 @@ from .convert import convert as convert
 from .convert import dense_state as dense_state
 from .convert import masks_of as masks_of
 from .convert import to_dense as to_dense
+from .fuse import fuse as fuse
 from .linear import SparseLinear as SparseLinear

@@ -24,6 +24,8 @@ class SparseModule(nn.Module):
     dense_class: type[nn.Module]
     plan = None
     layer_name = ""
+    activation = "none"
+    """What the layer applies to its output; :func:`sparsekit.fuse` sets it."""
 
     values: nn.Parameter
     bias: nn.Parameter | None
@@ -133,6 +135,10 @@ class SparseModule(nn.Module):
         """Bytes of parameters and index tensors, those of the backward pass included once built."""
         tensors = [self.values, self.bias, *(self._buffers[name] for name in self.format.index_names)]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def _repr_tail(self) -> str:
+        tail = f"bias={self.bias is not None}, format={self.format.name}, density={self.density:.4g}"
+        return tail if self.activation == "none" else f"{tail}, activation={self.activation}"
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}

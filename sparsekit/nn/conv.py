@@ -90,7 +90,8 @@ class SparseConv2d(SparseModule):
         own = self._parameters  # a plain dict: nn.Module's attribute lookup costs as much as the checks below
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         try:
-            return sparse_conv2d(x, values, self._index(x), self.shape, self.format, own["bias"], self._conv)
+            index = self._index(x)
+            return sparse_conv2d(x, values, index, self.shape, self.format, own["bias"], self._conv, self.activation)
         except (ValueError, RuntimeError) as error:
             raise self._explain(error, x) from None
 
@@ -103,4 +104,4 @@ class SparseConv2d(SparseModule):
         for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
-        return f"{text}, bias={self.bias is not None}, format={self.format.name}, density={self.density:.4g}"
+        return f"{text}, {self._repr_tail()}"

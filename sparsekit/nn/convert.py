@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from .. import format as formats
+from ..kernels import tuning
 from ..mask import Masks, check_masks, density, mask_of, weight_of
 from ..plan import LayerPlan, cache_key, choose, density_bucket
 from ..prune import prunable
 from .base import SparseModule
 from .conv import SparseConv2d
+from .fuse import Applied
 from .linear import SparseLinear
 
 __all__ = ["convert", "dense_state", "masks_of", "to_dense"]
@@ -109,6 +111,8 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
             dense = module.to_dense()
             _copy_hooks(module, dense)
             swaps[id(module)] = dense
+        elif isinstance(module, Applied):
+            swaps[id(module)] = module.activation
     return _swap(model, swaps)
 
 
@@ -153,6 +157,9 @@ def _plan_layer(
         sparse.plan = LayerPlan(**facts, chosen=impl, forced=True)
         if training and (x is None or x.requires_grad):
             sparse.derive()
+        if x is not None and x.device.type == "cuda":
+            with tuning.on():  # now, not in the first training step
+                _thunk(sparse, x, training)()
         return sparse
 
     assumed = x is None

@@ -51,7 +51,7 @@ class SparseLinear(SparseModule):
         own = self._parameters  # a plain dict: nn.Module's attribute lookup costs as much as the checks below
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         try:
-            return sparse_linear(x, values, self._index(x), self.shape, self.format, own["bias"])
+            return sparse_linear(x, values, self._index(x), self.shape, self.format, own["bias"], self.activation)
         except (ValueError, RuntimeError) as error:
             raise self._explain(error, x) from None
 
@@ -59,7 +59,4 @@ class SparseLinear(SparseModule):
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format.name}, density={self.density:.4g}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._repr_tail()}"

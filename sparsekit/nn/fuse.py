@@ -1,0 +1,129 @@
+"""fuse: batch norms folded into the sparse layers before them, activations made part of their products."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from .base import SparseModule
+from .conv import SparseConv2d
+from .linear import SparseLinear
+
+__all__ = ["Applied", "fuse"]
+
+_LAYERS = (SparseLinear, SparseConv2d)
+
+
+class Applied(nn.Module):
+    """Stands where an activation was that the layer before it now applies; ``to_dense`` puts it back."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+
+def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Make inference of a converted model cheaper: fold batch norms, fuse activation modules.
+
+    A sparse convolution whose output goes to one ``nn.BatchNorm2d`` alone takes over its scale and shift
+    (the same function up to rounding). A sparse layer whose output goes to one ``nn.ReLU``, ``nn.GELU()``
+    or ``nn.SiLU`` alone applies it itself, inside the kernel where the format's kernels can. Who feeds whom
+    is read by ``torch.fx``; in a model that it cannot trace nothing is fused, with a warning. Save the model
+    before fusing it: the keys of folded norms are gone after.
+
+    Returns a deep copy unless ``inplace``. Raises ValueError for a model in training mode.
+    """
+    if model.training:
+        raise ValueError("Expected a model in eval mode (model.eval()), got one in training mode")
+    if not inplace:
+        model = copy.deepcopy(model)
+    try:
+        for step in (_fold, _activate):
+            for layer, path in _pairs(model):
+                step(model, layer, path)
+    except _Untraceable as error:
+        warnings.warn(f"{type(model).__name__}: nothing fused, torch.fx cannot trace it ({error})", stacklevel=2)
+    return model
+
+
+class _Untraceable(Exception):
+    pass
+
+
+def _fold(model: nn.Module, layer: SparseModule, path: str) -> None:
+    norm = model.get_submodule(path)
+    # Not BatchNorm1d: after a linear layer it may normalise any axis of a sequence.
+    if type(layer) is not SparseConv2d or type(norm) is not nn.BatchNorm2d or layer.activation != "none":
+        return
+    if norm.running_mean is None or norm.training:
+        return
+    with torch.no_grad():
+        scale = (norm.running_var + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = -norm.running_mean * scale
+        shift = shift if norm.bias is None else shift + norm.bias
+        if layer.bias is not None:
+            shift = shift + layer.bias * scale
+        weight = layer.weight.to(scale.dtype) * scale.view(-1, 1, 1, 1)
+        layer.values.copy_(layer.pack(weight.to(layer.values.dtype)))
+        layer.bias = nn.Parameter(shift.to(layer.values.dtype), requires_grad=layer.values.requires_grad)
+    model.set_submodule(path, nn.Identity())
+
+
+def _activate(model: nn.Module, layer: SparseModule, path: str) -> None:
+    activation = model.get_submodule(path)
+    name = _name(activation)
+    if name is not None and layer.activation == "none" and not activation._forward_hooks:
+        layer.activation = name
+        model.set_submodule(path, Applied(activation))
+
+
+def _name(module: nn.Module) -> str | None:
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else None
+    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        return isinstance(module, SparseModule) or super().is_leaf_module(module, path)
+
+
+def _pairs(model: nn.Module) -> list[tuple[SparseModule, str]]:
+    """Each sparse layer called once, with the path of the module that alone reads its output, called once too."""
+    names: dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        names[id(module)] = names.get(id(module), 0) + 1
+    try:
+        found = list(_traced(model))
+    except Exception as error:  # fx raises whatever the traced code raises on its proxies
+        raise _Untraceable(error) from None
+    return [(layer, path) for layer, path in found if names[id(layer)] == names[id(model.get_submodule(path))] == 1]
+
+
+def _traced(model: nn.Module) -> Iterator[tuple[SparseModule, str]]:
+    nodes = [node for node in _Tracer().trace(model).nodes]
+    calls: dict[str, int] = {}
+    for node in nodes:
+        if node.op == "call_module":
+            calls[node.target] = calls.get(node.target, 0) + 1
+    for node in nodes:
+        if node.op != "call_module" or calls[node.target] != 1 or len(node.users) != 1:
+            continue
+        layer, reader = model.get_submodule(node.target), next(iter(node.users))
+        while reader.op == "call_module" and type(model.get_submodule(reader.target)) is nn.Identity:
+            if len(reader.users) != 1 or calls[reader.target] != 1:
+                break
+            reader = next(iter(reader.users))
+        alone = reader.op == "call_module" and calls[reader.target] == 1 and reader.args[:1] != ()
+        if type(layer) in _LAYERS and alone:
+            yield layer, reader.target
+

@@ -1,0 +1,123 @@
+"""fuse: the same function with fewer modules, whatever the format."""
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekit as sk
+from sparsekit import format as formats
+from sparsekit.nn.fuse import Applied
+
+
+class Block(nn.Module):
+    """A residual block: one norm is read by two, one activation is functional."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(16)
+        self.last = nn.ReLU()
+
+    def forward(self, x):
+        y = self.relu(self.norm1(self.first(x)))
+        return self.last(self.norm2(self.second(y)) + x)
+
+
+def settled(model, x):
+    """``model`` in eval mode with norm statistics of its own."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    model.train()
+    for _ in range(3):
+        model(x)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["dense", "csr", "bsr"])
+def test_a_residual_block_is_the_same_function(name):
+    x = torch.randn(2, 16, 6, 5)
+    model = settled(nn.Sequential(Block(), Block()), x)
+    sparse = sk.convert(model, sk.prune(model, 0.5, pattern="block:8x8"), impl=name)
+    fused = sk.fuse(sparse)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), sparse(x), rtol=1e-4, atol=1e-5)
+    kinds = [type(module).__name__ for module in fused.modules()]
+    assert kinds.count("BatchNorm2d") == 0  # the sum reads the second norm, not the convolution
+    assert kinds.count("Applied") == 2 and kinds.count("ReLU") == 4  # the last two follow a sum
+    assert [m.activation for m in fused.modules() if isinstance(m, sk.SparseConv2d)] == ["relu", "none"] * 2
+    assert sparse[0].norm1.weight is not None and sparse[0].first.bias is None  # a copy was fused
+    assert "activation=relu" in repr(fused[0].first)
+    for before, after in zip(sk.masks_of(sparse).values(), sk.masks_of(fused).values(), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.SiLU(), nn.GELU("tanh"), nn.Tanh()])
+@pytest.mark.parametrize("name", formats.names())
+def test_activations(name, activation):
+    model = nn.Sequential(nn.Linear(32, 24), activation, nn.Linear(24, 16)).eval()
+    masks = sk.prune(model, 0.5, pattern="2:4" if name == "nm" else "block:8x8")
+    sparse = nn.Sequential(*(sk.SparseLinear.from_dense(model[i], masks[f"{i}.weight"], name) for i in (0, 2)))
+    sparse = nn.Sequential(sparse[0], activation, sparse[1]).eval()
+    fused = sk.fuse(sparse)
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), sparse(x))
+    known = not isinstance(activation, nn.Tanh) and getattr(activation, "approximate", "none") == "none"
+    assert isinstance(fused[1], Applied) == known
+    x.requires_grad_()
+    wanted = torch.autograd.grad(sparse(x).square().sum(), [x, sparse[0].values])
+    got = torch.autograd.grad(fused(x).square().sum(), [x, fused[0].values])
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_to_dense_puts_activations_back():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    sparse = sk.convert(model, sk.prune(model, 0.5), impl="csr")
+    dense = sk.to_dense(sk.fuse(sparse))
+    assert [type(module) for module in dense] == [nn.Linear, nn.ReLU, nn.Linear]
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(dense(x), sparse(x))
+
+
+def test_what_is_called_twice_stays():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.relu = nn.Linear(16, 16), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.fc(self.relu(self.fc(x))))
+
+    model = Twice().eval()
+    fused = sk.fuse(sk.convert(model, sk.prune(model, 0.5), impl="csr"))
+    assert isinstance(fused.relu, nn.ReLU) and fused.fc.activation == "none"
+
+
+def test_untraceable_models_stay():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(16, 16), nn.Identity(), nn.ReLU())
+
+        def forward(self, x):
+            return self.body(x) if x.sum() > 0 else self.body(-x)
+
+    model = Branch().eval()
+    sparse = sk.convert(model, sk.prune(model, 0.5), impl="csr")
+    with pytest.warns(UserWarning, match="nothing fused, torch.fx cannot trace it"):
+        fused = sk.fuse(sparse)
+    assert fused.body[0].activation == "none"
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(fused(x), sparse(x))
+
+
+def test_training_mode_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    with pytest.raises(ValueError, match="Expected a model in eval mode"):
+        sk.fuse(sk.convert(model, sk.prune(model, 0.5), impl="csr"))
