@@ -81,6 +81,10 @@ class Format(ABC):
         """Why this format is no candidate for a mask, or None when it is one."""
         return None
 
+    def absent(self, where: torch.device) -> str | None:
+        """Why no kernel of this format runs on a device, or None; the verbs work there all the same, densely."""
+        return None
+
     @abstractmethod
     def linear(self, x: Tensor, values: Tensor, bias: Tensor | None, index: Index, shape: torch.Size) -> Tensor:
         """``x Wᵀ + bias``."""

@@ -15,10 +15,16 @@ import torch
 
 from . import _native
 from .kernels import reference
-from .kernels.bsr import reference as bsr_reference
+from .kernels.blocks import reference as blocks_reference
 from .schemas import SCHEMAS
 
-_TWINS = {**vars(reference), **vars(bsr_reference)}
+BLOCKED = ("bsr",)
+"""The formats of dense blocks: their operators share schemas, shapes and twins."""
+VERBS = ("linear", "linear_t", "sddmm", "linear_backward", "conv2d", "conv2d_t", "conv2d_sddmm", "conv2d_backward")
+
+TWINS = {f"csr_{verb}": getattr(reference, f"csr_{verb}") for verb in VERBS}
+TWINS |= {f"{name}_{verb}": getattr(blocks_reference, verb) for name in BLOCKED for verb in VERBS}
+"""The naive implementation of every operator, by name."""
 
 _lib = torch.library.Library("sparsekit", "FRAGMENT")
 _native.load()
@@ -27,8 +33,8 @@ for _name, _schema in SCHEMAS.items():
         _lib.define(_name + _schema, tags=())
         if _name == "build_info":
             _lib.impl(_name, lambda: json.dumps({}), "CompositeExplicitAutograd")
-    if _name in _TWINS:
-        _lib.impl(_name, _TWINS[_name], "CompositeExplicitAutograd")
+    if _name in TWINS:
+        _lib.impl(_name, TWINS[_name], "CompositeExplicitAutograd")
 
 
 def register_triton() -> None:
@@ -37,7 +43,7 @@ def register_triton() -> None:
     from .kernels.bsr import cuda as bsr
 
     for name, launcher in bsr.LAUNCHERS.items():
-        _triton.register(_lib, name, launcher, _TWINS[name], bsr.DTYPES)
+        _triton.register(_lib, name, launcher, TWINS[name], bsr.DTYPES)
 
 
 if importlib.util.find_spec("triton") and (torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1"):
@@ -111,23 +117,19 @@ def csr_conv2d_backward(
     )
 
 
-@_fake
-def bsr_linear(x, values, crow_indices, col_indices, row_order, bias, out_features, activation):
+def _blocks_linear(x, values, crow_indices, col_indices, row_order, bias, out_features, activation):
     return x.new_empty(x.shape[0], out_features)
 
 
-@_fake
-def bsr_linear_t(dy, values, t_crow, t_row, t_perm, t_order, in_features):
+def _blocks_linear_t(dy, values, t_crow, t_row, t_perm, t_order, in_features):
     return dy.new_empty(dy.shape[0], in_features)
 
 
-@_fake
-def bsr_sddmm(dy, x, crow_indices, col_indices, runs, block):
+def _blocks_sddmm(dy, x, crow_indices, col_indices, runs, block):
     return dy.new_empty(col_indices.shape[0], *block)
 
 
-@_fake
-def bsr_linear_backward(
+def _blocks_linear_backward(
     dy, x, values, crow_indices, col_indices, runs, t_crow, t_row, t_perm, t_order, need_dx, need_dvalues, need_dbias
 ):
     return (
@@ -141,30 +143,26 @@ def _image(like, *size):
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-@_fake
-def bsr_conv2d(
+def _blocks_conv2d(
     x, values, crow_indices, col_indices, row_order, bias, out_channels, kernel_size,
     stride, padding, dilation, groups, activation,
 ):  # fmt: skip
     return _image(x, x.shape[0], out_channels, *_output_size(x, kernel_size, stride, padding, dilation))
 
 
-@_fake
-def bsr_conv2d_t(
+def _blocks_conv2d_t(
     dy, values, t_crow, t_row, t_perm, t_order, in_channels, input_size, kernel_size, stride, padding, dilation, groups
 ):
     return _image(dy, dy.shape[0], in_channels, *input_size)
 
 
-@_fake
-def bsr_conv2d_sddmm(
+def _blocks_conv2d_sddmm(
     dy, x, crow_indices, col_indices, runs, block, kernel_size, stride, padding, dilation, groups
 ):
     return dy.new_empty(col_indices.shape[0], *block)
 
 
-@_fake
-def bsr_conv2d_backward(
+def _blocks_conv2d_backward(
     dy, x, values, crow_indices, col_indices, runs, t_crow, t_row, t_perm, t_order,
     kernel_size, stride, padding, dilation, groups, need_dx, need_dvalues, need_dbias,
 ):  # fmt: skip
@@ -173,3 +171,8 @@ def bsr_conv2d_backward(
         dy.new_empty(values.shape if need_dvalues else 0),
         dy.new_empty(dy.shape[1] if need_dbias else 0),
     )
+
+
+for _name in BLOCKED:
+    for _verb in VERBS:
+        torch.library.register_fake(f"sparsekit::{_name}_{_verb}", globals()[f"_blocks_{_verb}"], lib=_lib)

@@ -32,6 +32,34 @@ _T = "Tensor t_crow, Tensor t_row, Tensor t_perm"
 _BT = f"{_T}, Tensor t_order"
 _NEEDS = "bool need_dx, bool need_dvalues, bool need_dbias"
 
+_BLOCKED = {
+    "linear": (
+        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor row_order, Tensor? bias, "
+        "int out_features, str activation) -> Tensor"
+    ),
+    "linear_t": f"(Tensor dy, Tensor values, {_BT}, int in_features) -> Tensor",
+    "sddmm": "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, Tensor runs, int[2] block) -> Tensor",
+    "linear_backward": (
+        f"(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor runs, {_BT}, "
+        f"{_NEEDS}) -> (Tensor, Tensor, Tensor)"
+    ),
+    "conv2d": (
+        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor row_order, Tensor? bias, "
+        f"int out_channels, int[2] kernel_size, {_CONV}, str activation) -> Tensor"
+    ),
+    "conv2d_t": (
+        f"(Tensor dy, Tensor values, {_BT}, int in_channels, int[2] input_size, int[2] kernel_size, {_CONV}) -> Tensor"
+    ),
+    "conv2d_sddmm": (
+        "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, Tensor runs, int[2] block, "
+        f"int[2] kernel_size, {_CONV}) -> Tensor"
+    ),
+    "conv2d_backward": (
+        f"(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor runs, {_BT}, "
+        f"int[2] kernel_size, {_CONV}, {_NEEDS}) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
 SCHEMAS = {
     "csr_linear": "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias) -> Tensor",
     "csr_linear_t": f"(Tensor dy, Tensor values, {_T}) -> Tensor",
@@ -56,30 +84,6 @@ SCHEMAS = {
         f"int[2] kernel_size, {_CONV}, "
         f"{_NEEDS}) -> (Tensor, Tensor, Tensor)"
     ),
-    "bsr_linear": (
-        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor row_order, Tensor? bias, "
-        "int out_features, str activation) -> Tensor"
-    ),
-    "bsr_linear_t": f"(Tensor dy, Tensor values, {_BT}, int in_features) -> Tensor",
-    "bsr_sddmm": "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, Tensor runs, int[2] block) -> Tensor",
-    "bsr_linear_backward": (
-        f"(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor runs, {_BT}, "
-        f"{_NEEDS}) -> (Tensor, Tensor, Tensor)"
-    ),
-    "bsr_conv2d": (
-        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor row_order, Tensor? bias, "
-        f"int out_channels, int[2] kernel_size, {_CONV}, str activation) -> Tensor"
-    ),
-    "bsr_conv2d_t": (
-        f"(Tensor dy, Tensor values, {_BT}, int in_channels, int[2] input_size, int[2] kernel_size, {_CONV}) -> Tensor"
-    ),
-    "bsr_conv2d_sddmm": (
-        "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, Tensor runs, int[2] block, "
-        f"int[2] kernel_size, {_CONV}) -> Tensor"
-    ),
-    "bsr_conv2d_backward": (
-        f"(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor runs, {_BT}, "
-        f"int[2] kernel_size, {_CONV}, {_NEEDS}) -> (Tensor, Tensor, Tensor)"
-    ),
+    **{f"bsr_{verb}": schema for verb, schema in _BLOCKED.items()},
     "build_info": "() -> str",
 }

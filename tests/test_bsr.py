@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import sparsekit as sk
 from sparsekit import format as formats
-from sparsekit.kernels.bsr import layout
+from sparsekit.kernels.blocks import layout
 
 BSR = formats.get("bsr")
 LINEAR = torch.Size((72, 50))

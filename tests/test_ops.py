@@ -11,14 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from sparsekit import _native
-from sparsekit.kernels import reference
-from sparsekit.kernels.bsr import layout as layout_bsr
-from sparsekit.kernels.bsr import reference as bsr_reference
+from sparsekit.kernels.blocks import layout as bl
 from sparsekit.kernels.csr import layout
+from sparsekit.ops import TWINS
 from sparsekit.schemas import SCHEMAS
 
 ops = torch.ops.sparsekit
-TWINS = {**vars(reference), **vars(bsr_reference)}
 
 
 def linear_calls(n, out, features, density):
@@ -64,13 +62,13 @@ def conv_calls(n, out, inputs, size, kernel, stride=(1, 1), padding=(0, 0), dila
 def blocks(shape, density, groups=1):
     """A random block weight: values, forward index, gradient index, transposed list."""
     block = (8, 16)
-    cells = layout_bsr.blocks(torch.ones(shape), block, groups)
+    cells = bl.blocks(torch.ones(shape), block, groups)
     cells = (torch.rand(cells.shape[:2]) < density)[:, :, None, None].expand(cells.shape).contiguous()
-    mask = layout_bsr.unblocks(cells, shape, groups)
-    index = layout_bsr.index(mask, block, groups)
-    values = layout_bsr.gather(torch.randn(shape), index["crow_indices"], index["col_indices"], block, groups)
-    grid = layout_bsr.grid(shape, block, groups)
-    transposed = layout_bsr.transposed(index["crow_indices"], index["col_indices"], grid)
+    mask = bl.unblocks(cells, shape, groups)
+    index = bl.index(mask, block, groups)
+    values = bl.gather(torch.randn(shape), index["crow_indices"], index["col_indices"], block, groups)
+    grid = bl.grid(shape, block, groups)
+    transposed = bl.transposed(index["crow_indices"], index["col_indices"], grid)
     crow, col, order, runs = index.values()
     return values, (crow, col, order), (crow, col, runs), tuple(transposed.values())
 

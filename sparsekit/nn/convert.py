@@ -167,7 +167,7 @@ def _plan_layer(
         x = _assumed_input(module)
     rejected, candidates = {}, {}
     for fmt in map(formats.get, formats.names()):
-        if reason := fmt.unsupported(mask, getattr(module, "groups", 1)):
+        if reason := fmt.absent(x.device) or fmt.unsupported(mask, getattr(module, "groups", 1)):
             rejected[fmt.name] = reason
             continue
         candidates[fmt.name] = sparse_class.from_dense(module, mask, fmt.name, name)

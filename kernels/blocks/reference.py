@@ -1,4 +1,4 @@
-"""The naive twin of every ``bsr`` operator: make the weight dense, then let torch do it."""
+"""The naive twin of every operator on blocks: make the weight dense, then let torch do it."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ def _from_transposed(values, t_crow, t_row, t_perm, shape, groups):
     return layout.unblocks(tiles.view(g.groups * g.rows, g.taps * g.cols, *g.block), shape, groups)
 
 
-def bsr_linear(x, values, crow_indices, col_indices, row_order, bias, out_features, activation):
+def linear(x, values, crow_indices, col_indices, row_order, bias, out_features, activation):
     weight = layout.scatter(values, crow_indices, col_indices, (out_features, x.shape[1]), 1)
     return activate(F.linear(x, weight, bias), activation)
 
 
-def bsr_linear_t(dy, values, t_crow, t_row, t_perm, t_order, in_features):
+def linear_t(dy, values, t_crow, t_row, t_perm, t_order, in_features):
     return dy @ _from_transposed(values, t_crow, t_row, t_perm, (dy.shape[1], in_features), 1)
 
 
-def bsr_sddmm(dy, x, crow_indices, col_indices, runs, block):
+def sddmm(dy, x, crow_indices, col_indices, runs, block):
     return layout.gather(dy.t() @ x, crow_indices, col_indices, tuple(block), 1)
 
 
-def bsr_linear_backward(
+def linear_backward(
     dy, x, values, crow_indices, col_indices, runs, t_crow, t_row, t_perm, t_order, need_dx, need_dvalues, need_dbias
 ):
     return (
-        bsr_linear_t(dy, values, t_crow, t_row, t_perm, t_order, x.shape[1]) if need_dx else dy.new_empty(0),
-        bsr_sddmm(dy, x, crow_indices, col_indices, runs, values.shape[1:]) if need_dvalues else dy.new_empty(0),
+        linear_t(dy, values, t_crow, t_row, t_perm, t_order, x.shape[1]) if need_dx else dy.new_empty(0),
+        sddmm(dy, x, crow_indices, col_indices, runs, values.shape[1:]) if need_dvalues else dy.new_empty(0),
         dy.sum(0) if need_dbias else dy.new_empty(0),
     )
 
 
-def bsr_conv2d(
+def conv2d(
     x, values, crow_indices, col_indices, row_order, bias, out_channels, kernel_size,
     stride, padding, dilation, groups, activation,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def bsr_conv2d(
     return activate(y, activation).contiguous(memory_format=_LAST)
 
 
-def bsr_conv2d_t(
+def conv2d_t(
     dy, values, t_crow, t_row, t_perm, t_order, in_channels, input_size, kernel_size, stride, padding, dilation, groups
 ):
     shape = (dy.shape[1], in_channels // groups, *kernel_size)
@@ -66,7 +66,7 @@ def bsr_conv2d_t(
     return dx.contiguous(memory_format=_LAST)
 
 
-def bsr_conv2d_sddmm(
+def conv2d_sddmm(
     dy, x, crow_indices, col_indices, runs, block, kernel_size, stride, padding, dilation, groups
 ):
     shape = (dy.shape[1], x.shape[1] // groups, *kernel_size)
@@ -74,7 +74,7 @@ def bsr_conv2d_sddmm(
     return layout.gather(grad, crow_indices, col_indices, tuple(block), groups)
 
 
-def bsr_conv2d_backward(
+def conv2d_backward(
     dy, x, values, crow_indices, col_indices, runs, t_crow, t_row, t_perm, t_order,
     kernel_size, stride, padding, dilation, groups, need_dx, need_dvalues, need_dbias,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def bsr_conv2d_backward(
     transposed = (t_crow, t_row, t_perm, t_order)
     index = (crow_indices, col_indices, runs)
     return (
-        bsr_conv2d_t(dy, values, *transposed, x.shape[1], x.shape[2:], *conv) if need_dx else dy.new_empty(0),
-        bsr_conv2d_sddmm(dy, x, *index, values.shape[1:], *conv) if need_dvalues else dy.new_empty(0),
+        conv2d_t(dy, values, *transposed, x.shape[1], x.shape[2:], *conv) if need_dx else dy.new_empty(0),
+        conv2d_sddmm(dy, x, *index, values.shape[1:], *conv) if need_dvalues else dy.new_empty(0),
         dy.sum((0, 2, 3)) if need_dbias else dy.new_empty(0),
     )

@@ -1,4 +1,4 @@
-"""From masks to block-sparse index tensors and back; plain torch, on any device.
+"""Weights in blocks, for the formats that keep them: masks to index tensors and back, in plain torch.
 
 A weight ``[out, in/groups, kh, kw]`` (linear: one tap, one group) is cut into ``R x C`` blocks: R outputs
 of one group by C inputs of one tap. The last block of a group or tap sticks out where the extents are
@@ -7,12 +7,15 @@ ragged; what sticks out is stored as 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SIZES = (128, 64, 32, 16, 8)
+_SIDES = (128, 64, 32, 16, 8)
+SHAPES = sorted(((r, c) for r in _SIDES for c in _SIDES), key=lambda rc: (-rc[0] * rc[1], abs(rc[0] - rc[1]), -rc[0]))
+"""Largest first; of one area the squarer first: it serves the input gradient as well as the product."""
 _OVERHANG = 1.25
 _RUN = 256  # inputs that one run of blocks spans: as wide a product as the weight gradient's kernel makes
 
@@ -63,28 +66,28 @@ def fill(mask: Tensor, block: tuple[int, int], groups: int = 1) -> float:
     return int(tiles.sum()) / max(int(stored.sum()), 1)
 
 
-def best_block(mask: Tensor, groups: int = 1) -> tuple[int, int]:
-    """The largest block of :data:`SIZES` whose blocks survive or die whole; 16 x 16 where none does so.
+def best_block(
+    mask: Tensor, groups: int = 1, shapes: Sequence[tuple[int, int]] = SHAPES, otherwise: tuple[int, int] = (16, 16)
+) -> tuple[int, int]:
+    """The first of ``shapes`` whose blocks survive or die whole, ``otherwise`` where none does so.
 
     A block may stick out of a ragged weight by a quarter of the survivors at most, unless it is the
-    smallest. Of blocks of one area the squarer is taken: it serves the input gradient as well.
+    smallest. The last shape must be the smallest, of sides that divide all others'.
     """
-    small = SIZES[-1]
-    if not holds(mask, (small, small), groups):
-        return 16, 16  # blocks of larger sides are unions of these, so none of them holds either
-    g = grid(mask.shape, (small, small), groups)
-    cells = blocks(mask, (small, small), groups).flatten(2).any(2)  # whole cells from here on: 1/64 of the mask
+    rows, cols = small = shapes[-1]
+    if not holds(mask, small, groups):
+        return otherwise  # the other blocks are unions of these, so none of them holds either
+    g = grid(mask.shape, small, groups)
+    cells = blocks(mask, small, groups).flatten(2).any(2)  # whole cells from here on, far fewer than entries
     cells = cells.view(g.groups * g.rows, g.taps, g.cols).transpose(1, 2)
-    shapes = [(r, c) for r in SIZES for c in SIZES]
-    shapes.sort(key=lambda rc: (-rc[0] * rc[1], abs(rc[0] - rc[1]), -rc[0]))
     limit = _OVERHANG * int(mask.sum())
     for block in shapes:
-        inner = (block[0] // small, block[1] // small)
+        inner = (block[0] // rows, block[1] // cols)
         if holds(cells, inner, groups):
             alive = blocks(cells, inner, groups).any(3).any(2)
             if int(alive.sum()) * block[0] * block[1] <= limit:
                 return block
-    return small, small
+    return small
 
 
 def holds(mask: Tensor, block: tuple[int, int], groups: int = 1) -> bool:
@@ -152,11 +155,13 @@ def scatter(values: Tensor, crow_indices: Tensor, col_indices: Tensor, shape: to
     return unblocks(tiles.view(g.groups * g.rows, g.taps * g.cols, *g.block), shape, groups)
 
 
-def check(values: Tensor, index: dict[str, Tensor], shape: torch.Size) -> str | None:
+def check(
+    values: Tensor, index: dict[str, Tensor], shape: torch.Size, shapes: Sequence[tuple[int, int]] = SHAPES
+) -> str | None:
     """Why the parts are no block-sparse weight of ``shape`` (kernels read through them unchecked), or None."""
     crow, col, block = index["crow_indices"], index["col_indices"], index["block"]
-    if block.dim() != 4 or block.shape[0] != 0 or block.shape[2] not in SIZES or block.shape[3] not in SIZES:
-        return f"a block of sides in {SIZES} as the shape [0, groups, R, C] of 'block', got {list(block.shape)}"
+    if block.dim() != 4 or block.shape[0] != 0 or tuple(block.shape[2:]) not in shapes:
+        return f"one of the blocks {shapes} as R, C in the shape [0, groups, R, C] of 'block', got {list(block.shape)}"
     groups, size = block.shape[1], tuple(block.shape[2:])
     if groups < 1 or shape[0] % groups:
         return f"groups that divide {shape[0]} outputs, got {groups}"
