@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Conv", "Format", "Index", "get", "names", "saved_names"]
 
-_KNOWN = ("dense", "compact", "csr", "bsr")  # simplest first: measured ties go to the earlier one
+_KNOWN = ("dense", "compact", "csr", "bsr", "nm")  # simplest first: measured ties go to the earlier one
 
 Index = tuple[Tensor | None, ...]
 
@@ -81,8 +81,8 @@ class Format(ABC):
         """Why this format is no candidate for a mask, or None when it is one."""
         return None
 
-    def absent(self, where: torch.device) -> str | None:
-        """Why no kernel of this format runs on a device, or None; the verbs work there all the same, densely."""
+    def absent(self, where: torch.device, mask: Tensor, groups: int = 1) -> str | None:
+        """Why a device has no kernel for a mask in this format, or None; the verbs work all the same, densely."""
         return None
 
     @abstractmethod

@@ -16,6 +16,8 @@ import torch
 from . import _native
 from .kernels import reference
 from .kernels.blocks import reference as blocks_reference
+from .kernels.nm import cuda as nm
+from .kernels.nm import reference as nm_reference
 from .schemas import SCHEMAS
 
 BLOCKED = ("bsr",)
@@ -24,6 +26,7 @@ VERBS = ("linear", "linear_t", "sddmm", "linear_backward", "conv2d", "conv2d_t",
 
 TWINS = {f"csr_{verb}": getattr(reference, f"csr_{verb}") for verb in VERBS}
 TWINS |= {f"{name}_{verb}": getattr(blocks_reference, verb) for name in BLOCKED for verb in VERBS}
+TWINS |= {name: getattr(nm_reference, name) for name in ("nm_linear", "nm_linear_t", "nm_sddmm")}
 """The naive implementation of every operator, by name."""
 
 _lib = torch.library.Library("sparsekit", "FRAGMENT")
@@ -35,6 +38,9 @@ for _name, _schema in SCHEMAS.items():
             _lib.impl(_name, lambda: json.dumps({}), "CompositeExplicitAutograd")
     if _name in TWINS:
         _lib.impl(_name, TWINS[_name], "CompositeExplicitAutograd")
+
+for _name, _kernel in nm.KERNELS.items():  # torch's own binding does the work: no library of ours is needed
+    _lib.impl(_name, _kernel, "CUDA")
 
 
 def register_triton() -> None:
@@ -115,6 +121,21 @@ def csr_conv2d_backward(
         dy.new_empty(values.shape if need_dvalues else 0),
         dy.new_empty(dy.shape[1] if need_dbias else 0),
     )
+
+
+@_fake
+def nm_linear(x, values, choice, bias):
+    return x.new_empty(x.shape[0], choice.shape[0])
+
+
+@_fake
+def nm_linear_t(dy, values, choice, t_choice):
+    return dy.new_empty(dy.shape[0], 4 * choice.shape[1])
+
+
+@_fake
+def nm_sddmm(dy, x, choice):
+    return dy.new_empty(choice.shape[0], 2 * choice.shape[1])
 
 
 def _blocks_linear(x, values, crow_indices, col_indices, row_order, bias, out_features, activation):

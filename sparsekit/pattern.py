@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .transposable import transposable_2_4
+
 __all__ = ["Pattern"]
 
 _BLOCK = re.compile(r"block:([1-9]\d*)x([1-9]\d*)")
@@ -23,12 +25,15 @@ _NM = re.compile(r"([1-9]\d*):([1-9]\d*)")
 class Pattern:
     """One structure: ``unstructured``, ``block:RxC``, ``N:M`` (N of every M inputs survive), ``channel``.
 
+    ``2:4t`` is 2:4 along the inputs and along the outputs, so that the input gradient is 2:4 as well.
+
     ``group`` is the (out, in) extent that lives or dies together; ragged edges form smaller groups.
     """
 
     name: str
     group: tuple[int, int] = (1, 1)
     nm: tuple[int, int] | None = None
+    transposable: bool = False
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
@@ -40,10 +45,12 @@ class Pattern:
         if isinstance(text, str):
             if match := _BLOCK.fullmatch(text):
                 return cls(text, group=(int(match[1]), int(match[2])))
+            if text == "2:4t":
+                return cls(text, nm=(2, 4), transposable=True)
             if (match := _NM.fullmatch(text)) and int(match[1]) <= int(match[2]):
                 return cls(text, nm=(int(match[1]), int(match[2])))
         raise ValueError(
-            f"Expected a pattern 'unstructured', 'block:RxC', 'N:M' with N <= M, or 'channel', got {text!r}"
+            f"Expected a pattern 'unstructured', 'block:RxC', 'N:M' with N <= M, '2:4t' or 'channel', got {text!r}"
         )
 
     def __str__(self) -> str:
@@ -76,6 +83,8 @@ class Pattern:
 
     def nm_mask(self, scores: Tensor, alive: Tensor) -> Tensor:
         """Keep the N best of every M consecutive inputs (ties to the lower index); bool of the weight's shape."""
+        if self.transposable:
+            return transposable_2_4(scores, alive)
         n, m = self.nm
         view = torch.where(_taps(alive), _taps(scores), -torch.inf)
         out, taps, cols = view.shape
@@ -89,11 +98,14 @@ class Pattern:
     def holds(self, mask: Tensor) -> bool:
         """Whether a bool mask obeys the pattern."""
         if self.nm:
-            n, m = self.nm
-            view = torch.nn.functional.pad(_taps(mask), (0, -mask.shape[1] % m))
-            return bool((view.reshape(*view.shape[:2], -1, m).sum(-1) <= n).all())
+            return self._holds_nm(mask) and (not self.transposable or self._holds_nm(mask.transpose(0, 1)))
         _, alive = self.group_scores(mask.float(), mask)
         return bool((self.expand(alive, mask.shape) == mask).all())
+
+    def _holds_nm(self, mask: Tensor) -> bool:
+        n, m = self.nm
+        view = torch.nn.functional.pad(_taps(mask), (0, -mask.shape[1] % m))
+        return bool((view.reshape(*view.shape[:2], -1, m).sum(-1) <= n).all())
 
 
 def _taps_shape(shape: torch.Size) -> tuple[int, int, int]:

@@ -23,6 +23,8 @@ Vocabulary
     which block, ``t_order int32 [groups * cols]`` input blocks, longest first. Entries of ``values`` outside
     the weight are 0, and so is their gradient. ``activation``: none, relu, gelu (exact), silu.
     Convolutions return channels_last tensors.
+    ``nm_*``: ``values [out, in / 2]`` are two of every four inputs, ``choice uint8 [out, in / 4]`` which two (two
+    bits each, the lower first), ``t_choice uint8 [in, out / 4]`` the same of the transposed weight.
 
 A gradient that a ``*_backward`` operator was not asked for comes back as an empty tensor.
 """
@@ -85,5 +87,8 @@ SCHEMAS = {
         f"{_NEEDS}) -> (Tensor, Tensor, Tensor)"
     ),
     **{f"bsr_{verb}": schema for verb, schema in _BLOCKED.items()},
+    "nm_linear": "(Tensor x, Tensor values, Tensor choice, Tensor? bias) -> Tensor",
+    "nm_linear_t": "(Tensor dy, Tensor values, Tensor choice, Tensor? t_choice) -> Tensor",
+    "nm_sddmm": "(Tensor dy, Tensor x, Tensor choice) -> Tensor",
     "build_info": "() -> str",
 }

@@ -15,7 +15,7 @@ ROOT = Path(sparsekit.__file__).resolve().parents[1]
 FLOORS = [
     {"schemas", "_version"},
     {"_native", "_triton", "device"},
-    {"pattern", "mask"},
+    {"pattern", "mask", "transposable"},
     {"prune"},
     {"format", "kernels", "files", "times"},
     {"plan"},

@@ -279,6 +279,17 @@ def test_dense_layers_that_a_sparse_one_would_not_shrink(monkeypatch):
 # ---- forced formats and bad input -------------------------------------------------------------------
 
 
+def test_a_forced_format_without_a_kernel_here_says_so():
+    model = nn.Sequential(nn.Linear(8, 8))
+    masks = sk.prune(model, pattern="2:4")
+    with pytest.warns(UserWarning, match="^0: no 2:4 kernel on the CPU, so 'nm' runs as a dense product here"):
+        sparse = sk.convert(model, masks, impl="nm")
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(sparse(x), nn.functional.linear(x, model[0].weight * masks["0.weight"], model[0].bias))
+    plan = sk.explain(sk.convert(model, masks)).layers[0]
+    assert plan.rejected["nm"] == "no 2:4 kernel on the CPU"
+
+
 def test_a_forced_format_is_taken_or_refused():
     model = Net()
     masks = sk.prune(model, 0.5, scope="layer")
@@ -289,7 +300,7 @@ def test_a_forced_format_is_taken_or_refused():
     with pytest.raises(ValueError, match=r"weight: .*'compact' can hold, got grouped convolution"):
         sk.convert(grouped, sk.prune(grouped, 0.5, "channel"), impl="compact")
     for bad in ("coo", None, ["csr"]):
-        with pytest.raises(ValueError, match="Expected impl 'auto' or a format of dense, compact, csr, bsr, got"):
+        with pytest.raises(ValueError, match="Expected impl 'auto' or a format of dense, compact, csr, bsr, nm, got"):
             sk.convert(model, masks, impl=bad)
     assert unchanged(model, before)
 

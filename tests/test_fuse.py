@@ -38,6 +38,7 @@ def settled(model, x):
     return model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:.*runs as a dense product")
 @pytest.mark.parametrize("name", ["dense", "csr", "bsr"])
 def test_a_residual_block_is_the_same_function(name):
     x = torch.randn(2, 16, 6, 5)

@@ -1,6 +1,7 @@
 """The 2:4 format: storage, operators, transposable masks, and cuSPARSELt (a stand-in here, the real one on a GPU)."""
 
 import gc
+import weakref
 from itertools import product
 
 import pytest
@@ -14,8 +15,8 @@ from torch.library import opcheck
 import sparsekit as sk
 from sparsekit.kernels import tuning
 from sparsekit.kernels.nm import FORMAT, cuda, layout
-from sparsekit.kernels.nm.transposable import transposable_2_4
 from sparsekit.pattern import Pattern
+from sparsekit.transposable import transposable_2_4
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -139,12 +140,20 @@ def test_masks_that_are_refused(mask, groups, reason):
 
 
 def test_the_cpu_is_no_candidate_but_holds_the_layer():
-    mask = mask_24(8, 16)
-    assert FORMAT.unsupported(mask) == "no 2:4 kernel on the CPU"
-    model = nn.Sequential(nn.Linear(16, 8))
-    with pytest.raises(ValueError, match="0.weight: Expected a layer that 'nm' can hold, got no 2:4 kernel on the CPU"):
-        sk.convert(model, {"0.weight": mask}, impl="nm")
+    mask = mask_24(128, 256)
+    assert FORMAT.unsupported(mask) is None
+    assert FORMAT.absent(torch.device("cpu"), mask_24(8, 8)) == "no 2:4 kernel on the CPU"
+    model = nn.Sequential(nn.Linear(256, 128))
+    plan = sk.explain(sk.convert(model, {"0.weight": mask})).layers[0]
+    assert plan.rejected["nm"] == "no 2:4 kernel on the CPU"
     assert sk.SparseLinear.from_dense(model[0], mask, "nm").format is FORMAT
+
+
+def test_a_forced_layer_of_a_size_without_a_kernel_is_refused():
+    mask = mask_24(8, 16)
+    assert FORMAT.unsupported(mask) == "a weight of 8x16, no multiples of 128"
+    with pytest.raises(ValueError, match="0.weight: Expected a layer that 'nm' can hold, got a weight of 8x16"):
+        sk.convert(nn.Sequential(nn.Linear(16, 8)), {"0.weight": mask}, impl="nm")
 
 
 def damaged(name):
@@ -317,6 +326,20 @@ def test_autocast():
     close(y, F.linear(x.double(), layer.weight.double(), layer.bias.double()).detach(), torch.bfloat16)
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_compiles_in_one_graph(holes):
+    layer = module(holes=holes)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 16, requires_grad=True)
+    wanted = (x, layer.values, layer.bias)
+    for got, want in zip(
+        (compiled(x), *torch.autograd.grad(compiled(x).sum(), wanted)),
+        (layer(x), *torch.autograd.grad(layer(x).sum(), wanted)),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
 def test_state_dict_goes_round():
     layer, other = module(holes=True), module(mask=transposable(8, 16))
     other.load_state_dict(layer.state_dict())
@@ -383,7 +406,7 @@ def test_transposable_masks_over_many_tiles(monkeypatch):
     assert holds(mask.t().contiguous())
     upper = float(scores[NM.nm_mask(scores, torch.ones_like(mask))].sum())
     assert 0.9 * upper < float(scores[mask].sum()) <= upper
-    monkeypatch.setattr("sparsekit.kernels.nm.transposable._CHUNK", 7)
+    monkeypatch.setattr("sparsekit.transposable._CHUNK", 7)
     assert torch.equal(transposable_2_4(scores), mask)
 
 
@@ -446,7 +469,7 @@ def cslt(monkeypatch):
         stand_in = StandIn(**options)
         monkeypatch.setattr(torch, "_cslt_compress", stand_in.compress)
         monkeypatch.setattr(torch, "_cslt_sparse_mm", stand_in.mm)
-        monkeypatch.setattr(cuda, "_absent", lambda where: None)
+        monkeypatch.setattr(cuda, "absent", lambda where: None)
         monkeypatch.setattr(cuda, "_capturing", lambda: False)
         return stand_in
 
@@ -572,13 +595,14 @@ def test_both_dtypes_keep_their_metadata(cslt):
 
 def test_the_metadata_goes_with_its_choice(cslt):
     cslt()
-    before = len(cuda._known)
     values, choice, _ = weight_24()
     check_product(8, values, choice)
-    assert len(cuda._known) == before + 1
+    tail = weakref.ref(cuda._known[choice][torch.bfloat16].tail)
+    gc.collect()
+    assert tail() is not None
     del choice
     gc.collect()
-    assert len(cuda._known) == before
+    assert tail() is None
 
 
 def test_inference_tensors_are_compressed_every_time(cslt):
@@ -639,12 +663,15 @@ def test_tuning_chooses_the_algorithm(cslt, monkeypatch):
 
 
 def test_reasons_of_a_gpu(monkeypatch):
-    where = torch.device("cuda", 0)
-    monkeypatch.setattr(cuda, "_absent", lambda where: None)
-    assert cuda.refusal(256, 128, where) is None
-    assert cuda.refusal(64, 128, where) == "a weight of 64x128, no multiples of 128"
-    monkeypatch.setattr(cuda, "_absent", lambda where: "a GPU without sparse tensor cores")
-    assert cuda.refusal(256, 128, where) == "a GPU without sparse tensor cores"
+    old, new = torch.device("cuda", 6), torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (7, 5) if where == old else (9, 0))
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    assert FORMAT.absent(old, mask_24(8, 8)) == "a GPU without sparse tensor cores"
+    assert FORMAT.absent(new, mask_24(8, 8)) is None
+    cuda.absent.cache_clear()
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    assert FORMAT.absent(new, mask_24(8, 8)) == "this torch has no cuSPARSELt"
+    cuda.absent.cache_clear()
 
 
 # ---- cuSPARSELt itself ------------------------------------------------------------------------------
@@ -653,7 +680,7 @@ def test_reasons_of_a_gpu(monkeypatch):
 @pytest.fixture
 def gpu():
     where = torch.device("cuda", torch.cuda.current_device())
-    if reason := cuda._absent(where):
+    if reason := cuda.absent(where):
         pytest.skip(reason)
     return where
 

@@ -13,8 +13,10 @@ from torch.library import opcheck
 from sparsekit import _native
 from sparsekit.kernels.blocks import layout as bl
 from sparsekit.kernels.csr import layout
+from sparsekit.kernels.nm import layout as nm_layout
 from sparsekit.ops import TWINS
 from sparsekit.schemas import SCHEMAS
+from sparsekit.transposable import transposable_2_4
 
 ops = torch.ops.sparsekit
 
@@ -107,6 +109,20 @@ def bsr_conv_calls(n, out, inputs, size, kernel, stride=(1, 1), padding=(0, 0), 
     }
 
 
+def nm_calls(n, out, features, density):
+    """Arguments of every 2:4 operator for one weight that is 2:4 both ways."""
+    mask = transposable_2_4(torch.rand(4 * out, 4 * features))
+    index = nm_layout.index(mask)
+    choice, t_choice = index["choice"], index["t_choice"]
+    values = torch.randn(4 * out, 2 * features)
+    x, dy, bias = torch.randn(n, 4 * features), torch.randn(n, 4 * out), torch.randn(4 * out)
+    return {
+        "nm_linear": [(x, values, choice, bias), (x, values, choice, None)],
+        "nm_linear_t": [(dy, values, choice, t_choice), (dy, values, choice, None)],
+        "nm_sddmm": [(dy, x, choice)],
+    }
+
+
 LINEARS = {"plain": (5, 7, 9, 0.3), "empty": (3, 4, 6, 0.0), "full": (2, 3, 5, 1.0), "no batch": (0, 7, 9, 0.3)}
 CONVS = {
     "plain": (2, 4, 3, (7, 6), (3, 3)),
@@ -118,6 +134,7 @@ CASES = [
     *[pytest.param(linear_calls, LINEARS[name], id=f"linear {name}") for name in LINEARS],
     *[pytest.param(conv_calls, CONVS[name], id=f"conv {name}") for name in CONVS],
     *[pytest.param(bsr_linear_calls, LINEARS[name], id=f"bsr linear {name}") for name in LINEARS],
+    *[pytest.param(nm_calls, LINEARS[name], id=f"nm linear {name}") for name in ("plain", "no batch")],
     *[pytest.param(bsr_conv_calls, CONVS[name], id=f"bsr conv {name}") for name in CONVS],
 ]
 
@@ -127,7 +144,7 @@ def flat(result):
 
 
 def test_cases_cover_the_table():
-    linears = {name for calls in (linear_calls, bsr_linear_calls) for name in calls(*LINEARS["plain"])}
+    linears = {name for calls in (linear_calls, bsr_linear_calls, nm_calls) for name in calls(*LINEARS["plain"])}
     convs = {name for calls in (conv_calls, bsr_conv_calls) for name in calls(*CONVS["plain"])}
     assert {*linears, *convs, "build_info"} == SCHEMAS.keys()
 

@@ -21,17 +21,19 @@ from . import layout
 
 
 class Blocked(Format):
-    """The format ``name`` for blocks of ``shapes``, largest first; masks of others are kept in ``otherwise``."""
+    """What formats of dense blocks have in common; each names its blocks and where it has kernels for them."""
+
+    families: tuple[tuple[tuple[int, int], ...], ...]
+    """The blocks it takes, as :func:`layout.best_block` reads them."""
+    otherwise: tuple[int, int]
+    """The block for masks of other structures, kept with holes."""
+    worth: float
+    """The least share of survivors in their blocks at which such a mask is worth a measurement."""
 
     derived_names = ("t_crow", "t_row", "t_perm", "t_order")
     index_names = ("block", "crow_indices", "col_indices", "row_order", "runs", "mask", *derived_names)
     optional_names = ("mask",)
     epilogue = ("relu", "gelu", "silu")
-
-    def __init__(self, name, shapes, otherwise, worth, missing):
-        """``worth``: the least share of survivors in their blocks; ``missing()``: why CUDA has no kernel, or None."""
-        self.name, self.shapes, self.otherwise = name, tuple(shapes), otherwise
-        self.worth, self.missing = worth, missing
 
     @functools.cached_property
     def _ops(self):
@@ -40,7 +42,7 @@ class Blocked(Format):
         return SimpleNamespace(**{verb: getattr(torch.ops.sparsekit, f"{self.name}_{verb}").default for verb in verbs})
 
     def index(self, mask, groups=1):
-        block = self._block(mask, groups)
+        block = self.block(mask, groups)
         index = {"block": torch.empty(0, groups, *block, dtype=torch.int32, device=mask.device)}
         index |= layout.index(mask, block, groups)
         if not layout.holds(mask, block, groups):
@@ -69,24 +71,20 @@ class Blocked(Format):
         return layout.scatter(values, index["crow_indices"], index["col_indices"], shape, index["block"].shape[1])
 
     def check(self, values, index, shape):
-        return layout.check(values, index, shape, self.shapes)
+        return layout.check(values, index, shape, [block for family in self.families for block in family])
 
     def unsupported(self, mask, groups=1):
         if not bool(mask.any()):
             return "no survivor"
-        rows, cols = self._block(mask, groups)
+        rows, cols = self.block(mask, groups)
         share = layout.fill(mask, (rows, cols), groups)
         if share < self.worth:
             return f"survivors fill {share:.0%} of the {rows}x{cols} blocks they touch; prune with a block pattern"
         return None
 
-    def absent(self, where):
-        if where.type == "cpu":
-            return "no kernel for the CPU"
-        return self.missing()
-
-    def _block(self, mask, groups):
-        return layout.best_block(mask, groups, self.shapes, self.otherwise)
+    def block(self, mask, groups=1):
+        """The (R, C) in which a mask is kept."""
+        return layout.best_block(mask, self.families, groups) or self.otherwise
 
     def linear(self, x, values, bias, index, shape, activation="none"):
         return self._ops.linear(x, values, *index[1:4], bias, shape[0], activation)

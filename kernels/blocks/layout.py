@@ -13,9 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SIDES = (128, 64, 32, 16, 8)
-SHAPES = sorted(((r, c) for r in _SIDES for c in _SIDES), key=lambda rc: (-rc[0] * rc[1], abs(rc[0] - rc[1]), -rc[0]))
-"""Largest first; of one area the squarer first: it serves the input gradient as well as the product."""
 _OVERHANG = 1.25
 _RUN = 256  # inputs that one run of blocks spans: as wide a product as the weight gradient's kernel makes
 
@@ -66,28 +63,28 @@ def fill(mask: Tensor, block: tuple[int, int], groups: int = 1) -> float:
     return int(tiles.sum()) / max(int(stored.sum()), 1)
 
 
-def best_block(
-    mask: Tensor, groups: int = 1, shapes: Sequence[tuple[int, int]] = SHAPES, otherwise: tuple[int, int] = (16, 16)
-) -> tuple[int, int]:
-    """The first of ``shapes`` whose blocks survive or die whole, ``otherwise`` where none does so.
+def best_block(mask: Tensor, families: Sequence[Sequence[tuple[int, int]]], groups: int = 1) -> tuple[int, int] | None:
+    """The first block, family by family, of which each survives or dies whole; None where there is none.
 
-    A block may stick out of a ragged weight by a quarter of the survivors at most, unless it is the
-    smallest. The last shape must be the smallest, of sides that divide all others'.
+    The last block of a family has sides that divide those of the others. A block may stick out of a ragged
+    weight by a quarter of the survivors at most, unless it is the last of its family.
     """
-    rows, cols = small = shapes[-1]
-    if not holds(mask, small, groups):
-        return otherwise  # the other blocks are unions of these, so none of them holds either
-    g = grid(mask.shape, small, groups)
-    cells = blocks(mask, small, groups).flatten(2).any(2)  # whole cells from here on, far fewer than entries
-    cells = cells.view(g.groups * g.rows, g.taps, g.cols).transpose(1, 2)
     limit = _OVERHANG * int(mask.sum())
-    for block in shapes:
-        inner = (block[0] // rows, block[1] // cols)
-        if holds(cells, inner, groups):
-            alive = blocks(cells, inner, groups).any(3).any(2)
-            if int(alive.sum()) * block[0] * block[1] <= limit:
-                return block
-    return small
+    for family in families:
+        rows, cols = small = family[-1]
+        if not holds(mask, small, groups):
+            continue  # the others are unions of these, so none of them holds either
+        g = grid(mask.shape, small, groups)
+        cells = blocks(mask, small, groups).flatten(2).any(2)  # whole cells from here on, far fewer than entries
+        cells = cells.view(g.groups * g.rows, g.taps, g.cols).transpose(1, 2)
+        for block in family[:-1]:
+            inner = (block[0] // rows, block[1] // cols)
+            if holds(cells, inner, groups):
+                alive = blocks(cells, inner, groups).any(3).any(2)
+                if int(alive.sum()) * block[0] * block[1] <= limit:
+                    return block
+        return small
+    return None
 
 
 def holds(mask: Tensor, block: tuple[int, int], groups: int = 1) -> bool:
@@ -156,7 +153,7 @@ def scatter(values: Tensor, crow_indices: Tensor, col_indices: Tensor, shape: to
 
 
 def check(
-    values: Tensor, index: dict[str, Tensor], shape: torch.Size, shapes: Sequence[tuple[int, int]] = SHAPES
+    values: Tensor, index: dict[str, Tensor], shape: torch.Size, shapes: Sequence[tuple[int, int]]
 ) -> str | None:
     """Why the parts are no block-sparse weight of ``shape`` (kernels read through them unchecked), or None."""
     crow, col, block = index["crow_indices"], index["col_indices"], index["block"]

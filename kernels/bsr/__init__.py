@@ -1,6 +1,7 @@
-"""``bsr``: the survivors in dense blocks of 8 to 128 on a side, for ``block:RxC`` masks.
+"""``bsr``: the survivors in dense blocks, for ``block:RxC`` masks.
 
-Triton kernels on CUDA; blocks of 64 and 128 feed Hopper's widest matrix instructions.
+Triton kernels on CUDA for blocks of 8 to 128 on a side: those of 64 and 128 feed Hopper's widest matrix
+instructions. Vectors (16x1, 8x1, 1x16) and 4x4 blocks are for the CPU.
 """
 
 from __future__ import annotations
@@ -8,12 +9,25 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from ..blocks.format import Blocked
-from ..blocks.layout import SHAPES
+
+_SIDES = (128, 64, 32, 16, 8)
+# Largest first; of one area the squarer first, which serves the input gradient as well as the product.
+_TILES = sorted(((r, c) for r in _SIDES for c in _SIDES), key=lambda rc: (-rc[0] * rc[1], abs(rc[0] - rc[1]), -rc[0]))
 
 
-def _missing():
-    return None if find_spec("triton") else "triton is not installed: pip install triton"
+class Bsr(Blocked):
+    name = "bsr"
+    families = (tuple(_TILES), ((16, 1), (8, 1)), ((4, 4),), ((1, 16),))
+    otherwise = (16, 16)
+    worth = 0.5  # half-empty blocks are no better off than a kernel that skips single weights
+
+    def absent(self, where, mask, groups=1):
+        if where.type == "cpu":
+            return "no kernel for the CPU"
+        if find_spec("triton") is None:
+            return "triton is not installed: pip install triton"
+        rows, cols = self.block(mask, groups)
+        return None if (rows, cols) in self.families[0] else f"no kernel for {rows}x{cols} blocks on a GPU"
 
 
-# Half-empty blocks are no better off than a kernel that skips single weights.
-FORMAT = Blocked("bsr", SHAPES, otherwise=(16, 16), worth=0.5, missing=_missing)
+FORMAT = Bsr()

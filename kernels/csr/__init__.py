@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from sparsekit import _native
 from sparsekit.format import Format
 
 from . import layout
@@ -43,6 +44,11 @@ class Csr(Format):
         if int(mask.sum()) >= 2**31:
             return "more survivors than a 32-bit index counts"
         return None
+
+    def absent(self, where, mask, groups=1):
+        if where.type == "cpu":
+            return None if _native.status()["loaded"] else "the native library is missing (see sparsekit info)"
+        return "no csr kernel on a GPU"
 
     def linear(self, x, values, bias, index, shape):
         return _ops.csr_linear.default(x, values, index[0], index[1], bias)

@@ -149,7 +149,10 @@ class SparseModule(nn.Module):
             if self.values.is_meta and (found[1] is None or not assign):
                 problems.append(f"{prefix}values: Expected packed survivors and assign=True to fill a meta layer")
             else:
-                self._take(*found, assign)
+                try:
+                    self._take(*found, assign)
+                except ValueError as error:  # a mask that the format cannot hold
+                    problems.append(f"{prefix}weight: {error}")
         errors += problems
         for key in [key for key in own if key[len(prefix) :] in _KEYS]:
             del own[key]

@@ -46,7 +46,8 @@ def convert(
             for linear layers and 16 images of 32 x 32 for convolutions.
         training: measure forward + backward together; otherwise forward alone.
         impl: ``"auto"``, or the name of a format to force, or one per layer (``{"fc1": "csr"}``, the others
-            ``"auto"``); a layer that a forced format cannot hold raises ValueError.
+            ``"auto"``); a layer that a forced format cannot hold raises ValueError, and one that it has no
+            kernel for on this device runs as a dense product, with a warning.
         inplace: change ``model`` itself; otherwise a deep copy.
 
     Returns: the model with sparse layers; :func:`sparsekit.explain` says what was chosen and why.
@@ -152,7 +153,10 @@ def _plan_layer(
         "density": share,
         "work": "forward + backward" if training else "forward",
     }
+    groups = getattr(module, "groups", 1)
     if impl != "auto":
+        if why := formats.get(impl).absent(weight_of(module).device, mask, groups):
+            warnings.warn(f"{name}: {why}, so {impl!r} runs as a dense product here", stacklevel=3)
         sparse = sparse_class.from_dense(module, mask, impl, name)
         sparse.plan = LayerPlan(**facts, chosen=impl, forced=True)
         if training and (x is None or x.requires_grad):
@@ -167,7 +171,7 @@ def _plan_layer(
         x = _assumed_input(module)
     rejected, candidates = {}, {}
     for fmt in map(formats.get, formats.names()):
-        if reason := fmt.absent(x.device) or fmt.unsupported(mask, getattr(module, "groups", 1)):
+        if reason := fmt.absent(x.device, mask, groups) or fmt.unsupported(mask, groups):
             rejected[fmt.name] = reason
             continue
         candidates[fmt.name] = sparse_class.from_dense(module, mask, fmt.name, name)
