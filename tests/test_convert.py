@@ -280,11 +280,11 @@ def test_dense_layers_that_a_sparse_one_would_not_shrink(monkeypatch):
 
 
 def test_a_forced_format_without_a_kernel_here_says_so():
-    model = nn.Sequential(nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(128, 128))
     masks = sk.prune(model, pattern="2:4")
     with pytest.warns(UserWarning, match="^0: no 2:4 kernel on the CPU, so 'nm' runs as a dense product here"):
         sparse = sk.convert(model, masks, impl="nm")
-    x = torch.randn(3, 8)
+    x = torch.randn(3, 128)
     torch.testing.assert_close(sparse(x), nn.functional.linear(x, model[0].weight * masks["0.weight"], model[0].bias))
     plan = sk.explain(sk.convert(model, masks)).layers[0]
     assert plan.rejected["nm"] == "no 2:4 kernel on the CPU"
