@@ -41,6 +41,7 @@ if X86:
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC"]
 for arch in ("80", "90a"):
     CUDA_FLAGS += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+CUDA_FLAGS += ["-gencode", "arch=compute_90,code=compute_90"]  # PTX, for chips to come
 
 
 class CannotBuild(Exception):
@@ -146,7 +147,7 @@ def build_native(library, scratch):
     jobs = []
     for source in sorted(ROOT.glob("csrc/**/*.cpp")):
         name = source.relative_to(ROOT).as_posix()
-        if name.startswith("csrc/emulate/"):
+        if name.startswith("csrc/emulate/") or (name.startswith("csrc/cuda/") and not cuda_sources):
             continue
         stem = name.removesuffix(".cpp").replace("/", "_")
         if name == ISA_SOURCE:
