@@ -35,6 +35,14 @@ def status() -> dict:
     return dict(_status)
 
 
+def lacks_cuda() -> str | None:
+    """Why the library has no CUDA kernels, or None when it has."""
+    status_ = status()
+    if not status_["loaded"]:
+        return "the native library is missing (see sparsekit info)"
+    return None if status_["build"].get("cuda") else "the native library was built without nvcc"
+
+
 def _try_load() -> dict:
     missing = {"loaded": False, "path": None, "build": None}
     if os.environ.get("SPARSEKIT_NATIVE") == "0":

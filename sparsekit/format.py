@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Conv", "Format", "Index", "get", "names", "saved_names"]
 
-_KNOWN = ("dense", "compact", "csr", "bsr", "nm")  # simplest first: measured ties go to the earlier one
+_KNOWN = ("dense", "compact", "csr", "bsr", "panel", "bitmap", "nm")  # simplest first: ties go to the earlier one
 
 Index = tuple[Tensor | None, ...]
 

@@ -14,18 +14,19 @@ import os
 import torch
 
 from . import _native
-from .kernels import reference
+from .kernels import bsr, panel, reference
+from .kernels.bitmap import reference as bitmap_reference
 from .kernels.blocks import reference as blocks_reference
 from .kernels.nm import cuda as nm
 from .kernels.nm import reference as nm_reference
 from .schemas import SCHEMAS
 
-BLOCKED = ("bsr",)
-"""The formats of dense blocks: their operators share schemas, shapes and twins."""
-VERBS = ("linear", "linear_t", "sddmm", "linear_backward", "conv2d", "conv2d_t", "conv2d_sddmm", "conv2d_backward")
+_BLOCKED = {f"{fmt.name}_{verb}": verb for fmt in (bsr.FORMAT, panel.FORMAT) for verb in fmt.verbs}
+"""The operators of the formats of dense blocks share shapes and twins, verb by verb."""
 
-TWINS = {f"csr_{verb}": getattr(reference, f"csr_{verb}") for verb in VERBS}
-TWINS |= {f"{name}_{verb}": getattr(blocks_reference, verb) for name in BLOCKED for verb in VERBS}
+TWINS = {name: getattr(reference, name) for name in SCHEMAS if name.startswith("csr_")}
+TWINS |= {name: getattr(blocks_reference, verb) for name, verb in _BLOCKED.items()}
+TWINS |= {"bitmap_linear": bitmap_reference.bitmap_linear}
 TWINS |= {name: getattr(nm_reference, name) for name in ("nm_linear", "nm_linear_t", "nm_sddmm")}
 """The naive implementation of every operator, by name."""
 
@@ -46,10 +47,10 @@ for _name, _kernel in nm.KERNELS.items():  # torch's own binding does the work: 
 def register_triton() -> None:
     """Put the Triton kernels behind the operators on CUDA; done at import where torch has CUDA and triton is there."""
     from . import _triton
-    from .kernels.bsr import cuda as bsr
+    from .kernels.bsr import cuda
 
-    for name, launcher in bsr.LAUNCHERS.items():
-        _triton.register(_lib, name, launcher, TWINS[name], bsr.DTYPES)
+    for name, launcher in cuda.LAUNCHERS.items():
+        _triton.register(_lib, name, launcher, TWINS[name], cuda.DTYPES)
 
 
 if importlib.util.find_spec("triton") and (torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1"):
@@ -124,6 +125,11 @@ def csr_conv2d_backward(
 
 
 @_fake
+def bitmap_linear(x, values, bitmap, offsets, bias, out_features, activation):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@_fake
 def nm_linear(x, values, choice, bias):
     return x.new_empty(x.shape[0], choice.shape[0])
 
@@ -194,6 +200,5 @@ def _blocks_conv2d_backward(
     )
 
 
-for _name in BLOCKED:
-    for _verb in VERBS:
-        torch.library.register_fake(f"sparsekit::{_name}_{_verb}", globals()[f"_blocks_{_verb}"], lib=_lib)
+for _name, _verb in _BLOCKED.items():
+    torch.library.register_fake(f"sparsekit::{_name}", globals()[f"_blocks_{_verb}"], lib=_lib)

@@ -13,8 +13,8 @@ Vocabulary
     column-major (CSC) order: entry ``p`` of column ``j`` sits in row ``t_row[p]`` and its value is
     ``values[t_perm[p]]``. Rows ascend within a column.
 
-    ``bsr_*``: ``values [blocks, R, C]`` are blocks of R outputs by C inputs of one tap (kernel position) and
-    group; with ``rows = ceil(out / groups / R)``, ``cols = ceil(in / groups / C)``, ``taps = kh * kw``:
+    ``bsr_*``, ``panel_*``: ``values [blocks, R, C]`` are blocks of R outputs by C inputs of one tap (kernel
+    position) and group; with ``rows = ceil(out / groups / R)``, ``cols = ceil(in / groups / C)``, ``taps = kh * kw``:
     ``crow_indices int32 [groups * rows + 1]``, ``col_indices int32 [blocks]`` = ``tap * cols + input block``
     (ascending within a block row), ``row_order int32 [groups * rows]`` block rows, longest first,
     ``runs int32 [runs, 2]`` = (block row, first block) of runs of at most ``max(1, 256 // C)`` blocks of a
@@ -23,6 +23,9 @@ Vocabulary
     which block, ``t_order int32 [groups * cols]`` input blocks, longest first. Entries of ``values`` outside
     the weight are 0, and so is their gradient. ``activation``: none, relu, gelu (exact), silu.
     Convolutions return channels_last tensors.
+    ``bitmap_linear``: ``values [nnz]`` tile row by tile row of 8 x 8 tiles, tile by tile, row by row of a tile;
+    ``bitmap int64 [tile rows, tile columns]``, bit ``8 r + c`` set where row r, column c of the tile survives;
+    ``offsets int32 [tile rows * runs + 1]`` where each run of 16 tiles starts in ``values``.
     ``nm_*``: ``values [out, in / 2]`` are two of every four inputs, ``choice uint8 [out, in / 4]`` which two (two
     bits each, the lower first), ``t_choice uint8 [in, out / 4]`` the same of the transposed weight.
 
@@ -87,6 +90,11 @@ SCHEMAS = {
         f"{_NEEDS}) -> (Tensor, Tensor, Tensor)"
     ),
     **{f"bsr_{verb}": schema for verb, schema in _BLOCKED.items()},
+    **{f"panel_{verb}": schema for verb, schema in _BLOCKED.items() if not verb.endswith("backward")},
+    "bitmap_linear": (
+        "(Tensor x, Tensor values, Tensor bitmap, Tensor offsets, Tensor? bias, int out_features, str activation)"
+        " -> Tensor"
+    ),
     "nm_linear": "(Tensor x, Tensor values, Tensor choice, Tensor? bias) -> Tensor",
     "nm_linear_t": "(Tensor dy, Tensor values, Tensor choice, Tensor? t_choice) -> Tensor",
     "nm_sddmm": "(Tensor dy, Tensor x, Tensor choice) -> Tensor",

@@ -197,7 +197,7 @@ def test_a_small_convolutional_net(tmp_path):
         (["--threads", "0"], "Expected --threads of at least 1, got 0"),
         (["--rate", "1.5"], "Expected --rate in [0, 1), got 1.5"),
         (["--rate", "nan"], "Expected --rate in [0, 1), got nan"),
-        (["--impl", "coo"], "Expected a format of dense, compact, csr, bsr, nm"),
+        (["--impl", "coo"], "Expected a format of dense, compact, csr, bsr, panel, bitmap, nm"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, options, why):

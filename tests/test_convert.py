@@ -300,7 +300,7 @@ def test_a_forced_format_is_taken_or_refused():
     with pytest.raises(ValueError, match=r"weight: .*'compact' can hold, got grouped convolution"):
         sk.convert(grouped, sk.prune(grouped, 0.5, "channel"), impl="compact")
     for bad in ("coo", None, ["csr"]):
-        with pytest.raises(ValueError, match="Expected impl 'auto' or a format of dense, compact, csr, bsr, nm, got"):
+        with pytest.raises(ValueError, match="Expected impl .auto. or a format of dense, compact, csr, .*nm, got"):
             sk.convert(model, masks, impl=bad)
     assert unchanged(model, before)
 

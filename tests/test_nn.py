@@ -596,7 +596,7 @@ def test_bad_constructions():
         sk.SparseLinear(3, 5, mask=mask)
     with pytest.raises(TypeError, match="weight: Expected a mask of dtype torch.bool, got torch.float32"):
         sk.SparseLinear(5, 3, mask=mask.float())
-    with pytest.raises(ValueError, match="Expected a format of dense, compact, csr, bsr, nm, got 'coo'"):
+    with pytest.raises(ValueError, match="Expected a format of dense, compact, csr, bsr, panel, bitmap, nm, got 'coo'"):
         sk.SparseLinear(5, 3, mask=mask, format="coo")
     with pytest.raises(ValueError, match="SparseConv2d: Expected a format that runs grouped .*, got 'compact'"):
         sk.SparseConv2d(4, 4, 3, groups=2, format="compact")

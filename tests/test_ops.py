@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from sparsekit import _native
+from sparsekit.kernels.bitmap import layout as bitmap_layout
 from sparsekit.kernels.blocks import layout as bl
 from sparsekit.kernels.csr import layout
 from sparsekit.kernels.nm import layout as nm_layout
@@ -61,9 +62,8 @@ def conv_calls(n, out, inputs, size, kernel, stride=(1, 1), padding=(0, 0), dila
     }
 
 
-def blocks(shape, density, groups=1):
+def blocks(shape, density, groups=1, block=(8, 16)):
     """A random block weight: values, forward index, gradient index, transposed list."""
-    block = (8, 16)
     cells = bl.blocks(torch.ones(shape), block, groups)
     cells = (torch.rand(cells.shape[:2]) < density)[:, :, None, None].expand(cells.shape).contiguous()
     mask = bl.unblocks(cells, shape, groups)
@@ -123,6 +123,21 @@ def nm_calls(n, out, features, density):
     }
 
 
+def panel_calls(*sizes):
+    """Arguments of every operator of the format ``panel``, which takes those of ``bsr``."""
+    calls = (bsr_linear_calls if len(sizes) == 4 else bsr_conv_calls)(*sizes)
+    return {name.replace("bsr", "panel"): calls[name] for name in calls if not name.endswith("backward")}
+
+
+def bitmap_calls(n, out, features, density):
+    """Arguments of the bitmap operator for one random weight."""
+    mask = torch.rand(out, features) < density
+    index = bitmap_layout.index(mask)
+    values = bitmap_layout.gather(torch.randn(out, features), index["bitmap"])
+    x, bias = torch.randn(n, features), torch.randn(out)
+    return {"bitmap_linear": [(x, values, *index.values(), b, out, "silu") for b in (bias, None)]}
+
+
 LINEARS = {"plain": (5, 7, 9, 0.3), "empty": (3, 4, 6, 0.0), "full": (2, 3, 5, 1.0), "no batch": (0, 7, 9, 0.3)}
 CONVS = {
     "plain": (2, 4, 3, (7, 6), (3, 3)),
@@ -134,6 +149,9 @@ CASES = [
     *[pytest.param(linear_calls, LINEARS[name], id=f"linear {name}") for name in LINEARS],
     *[pytest.param(conv_calls, CONVS[name], id=f"conv {name}") for name in CONVS],
     *[pytest.param(bsr_linear_calls, LINEARS[name], id=f"bsr linear {name}") for name in LINEARS],
+    *[pytest.param(panel_calls, LINEARS[name], id=f"panel linear {name}") for name in LINEARS],
+    *[pytest.param(panel_calls, CONVS[name], id=f"panel conv {name}") for name in CONVS],
+    *[pytest.param(bitmap_calls, LINEARS[name], id=f"bitmap linear {name}") for name in LINEARS],
     *[pytest.param(nm_calls, LINEARS[name], id=f"nm linear {name}") for name in ("plain", "no batch")],
     *[pytest.param(bsr_conv_calls, CONVS[name], id=f"bsr conv {name}") for name in CONVS],
 ]
@@ -144,8 +162,8 @@ def flat(result):
 
 
 def test_cases_cover_the_table():
-    linears = {name for calls in (linear_calls, bsr_linear_calls, nm_calls) for name in calls(*LINEARS["plain"])}
-    convs = {name for calls in (conv_calls, bsr_conv_calls) for name in calls(*CONVS["plain"])}
+    linears = {name for calls in (linear_calls, bsr_linear_calls, panel_calls, bitmap_calls, nm_calls) for name in calls(*LINEARS["plain"])}
+    convs = {name for calls in (conv_calls, bsr_conv_calls, panel_calls) for name in calls(*CONVS["plain"])}
     assert {*linears, *convs, "build_info"} == SCHEMAS.keys()
 
 

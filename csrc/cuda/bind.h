@@ -49,7 +49,7 @@ inline void* current_stream(int32_t device) {
 }
 
 // What every operator does first: makes the device of its first tensor current and finds its stream.
-class Context {
+class __attribute__((visibility("hidden"))) Context {
  public:
   Context(const char* op, const Tensor& first)
       : op_(op), device_(first.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
@@ -59,12 +59,28 @@ class Context {
   // Raises what a launcher had to say.
   void run(int status) const { STD_TORCH_CHECK(status == 0, op_, ": ", sparsekit_cuda_error()); }
 
+  const Tensor& on_device(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device_, op_, ": Expected ", name, " on CUDA device ", device_);
+    return t;
+  }
+
   // `t` contiguous; raises unless it is on the device and of the dtype.
   Tensor operand(const char* name, const Tensor& t, ScalarType dtype) const {
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device_, op_, ": Expected ", name, " on CUDA device ", device_);
+    on_device(name, t);
     STD_TORCH_CHECK(t.scalar_type() == dtype, op_, ": Expected ", name, " of dtype ", torch::headeronly::toString(dtype),
                     ", got ", torch::headeronly::toString(t.scalar_type()));
     return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  }
+
+  // The same at an address that 16-byte loads can start from: a view into the middle of a tensor is copied.
+  Tensor aligned(const char* name, const Tensor& t, ScalarType dtype,
+                 torch::headeronly::MemoryFormat format = torch::headeronly::MemoryFormat::Contiguous) const {
+    const bool image = format == torch::headeronly::MemoryFormat::ChannelsLast;
+    if (image) on_device(name, t);
+    STD_TORCH_CHECK(t.scalar_type() == dtype, op_, ": Expected ", name, " of dtype ", torch::headeronly::toString(dtype),
+                    ", got ", torch::headeronly::toString(t.scalar_type()));
+    Tensor whole = image ? t : operand(name, t, dtype);
+    return reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 ? torch::stable::clone(whole) : whole;
   }
 
   // An int32 index tensor.
@@ -88,5 +104,14 @@ class Context {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_;
 };
+
+// The launchers' number for an activation.
+inline int activation_code(const Context& here, const std::string& name) {
+  constexpr const char* names[] = {"none", "relu", "gelu", "silu"};
+  for (int code = 0; code < 4; ++code)
+    if (name == names[code]) return code;
+  here.check(false, "Expected an activation of none, relu, gelu, silu, got '" + name + "'");
+  return -1;
+}
 
 }  // namespace sparsekit::cuda

@@ -9,9 +9,6 @@ holes. Holes, and entries that stick out of the weight, are 0 and their gradient
 
 from __future__ import annotations
 
-import functools
-from types import SimpleNamespace
-
 import torch
 
 from sparsekit.format import Format
@@ -23,6 +20,8 @@ from . import layout
 class Blocked(Format):
     """What formats of dense blocks have in common; each names its blocks and where it has kernels for them."""
 
+    verbs: tuple[str, ...]
+    """The operators it has."""
     families: tuple[tuple[tuple[int, int], ...], ...]
     """The blocks it takes, as :func:`layout.best_block` reads them."""
     otherwise: tuple[int, int]
@@ -35,11 +34,13 @@ class Blocked(Format):
     optional_names = ("mask",)
     epilogue = ("relu", "gelu", "silu")
 
-    @functools.cached_property
-    def _ops(self):
-        verbs = ("linear", "linear_t", "sddmm", "linear_backward")
-        verbs += ("conv2d", "conv2d_t", "conv2d_sddmm", "conv2d_backward")
-        return SimpleNamespace(**{verb: getattr(torch.ops.sparsekit, f"{self.name}_{verb}").default for verb in verbs})
+    def run(self, verb, *args):
+        """The operator of a verb."""
+        return getattr(torch.ops.sparsekit, f"{self.name}_{verb}").default(*args)
+
+    def named(self, index):
+        """The index as a dict, without what is absent."""
+        return {name: tensor for name, tensor in zip(self.index_names, index, strict=True) if tensor is not None}
 
     def index(self, mask, groups=1):
         block = self.block(mask, groups)
@@ -87,35 +88,34 @@ class Blocked(Format):
         return layout.best_block(mask, self.families, groups) or self.otherwise
 
     def linear(self, x, values, bias, index, shape, activation="none"):
-        return self._ops.linear(x, values, *index[1:4], bias, shape[0], activation)
+        return self.run("linear", x, values, *index[1:4], bias, shape[0], activation)
 
     def linear_t(self, dy, values, index, shape):
-        return self._ops.linear_t(dy, values, *index[6:], shape[1])
+        return self.run("linear_t", dy, values, *index[6:], shape[1])
 
     def sddmm(self, dy, x, index, shape):
         block = index[0].shape[2:]
-        return _zeroed(self._ops.sddmm(dy, x, index[1], index[2], index[4], block), index[5])
+        return _zeroed(self.run("sddmm", dy, x, index[1], index[2], index[4], block), index[5])
 
     def linear_backward(self, dy, x, values, index, shape, needs):
-        dx, dvalues, dbias = self._ops.linear_backward(dy, x, values, *_backward(index, needs), *needs)
+        dx, dvalues, dbias = self.run("linear_backward", dy, x, values, *_backward(index, needs), *needs)
         return dx, _zeroed(dvalues, index[5]) if needs[1] else dvalues, dbias
 
     def conv2d(self, x, values, bias, index, shape, conv, activation="none"):
-        return self._ops.conv2d(x, values, *index[1:4], bias, shape[0], shape[2:], *conv, activation)
+        return self.run("conv2d", x, values, *index[1:4], bias, shape[0], shape[2:], *conv, activation)
 
     def conv2d_t(self, dy, values, index, shape, conv, size):
         channels = shape[1] * conv.groups
-        return self._ops.conv2d_t(dy, values, *index[6:], channels, size, shape[2:], *conv)
+        return self.run("conv2d_t", dy, values, *index[6:], channels, size, shape[2:], *conv)
 
     def conv2d_sddmm(self, dy, x, index, shape, conv):
         block = index[0].shape[2:]
-        dvalues = self._ops.conv2d_sddmm(dy, x, index[1], index[2], index[4], block, shape[2:], *conv)
+        dvalues = self.run("conv2d_sddmm", dy, x, index[1], index[2], index[4], block, shape[2:], *conv)
         return _zeroed(dvalues, index[5])
 
     def conv2d_backward(self, dy, x, values, index, shape, conv, needs):
-        dx, dvalues, dbias = self._ops.conv2d_backward(
-            dy, x, values, *_backward(index, needs), shape[2:], *conv, *needs
-        )
+        index_ = _backward(index, needs)
+        dx, dvalues, dbias = self.run("conv2d_backward", dy, x, values, *index_, shape[2:], *conv, *needs)
         return dx, _zeroed(dvalues, index[5]) if needs[1] else dvalues, dbias
 
 

@@ -17,6 +17,7 @@ _TILES = sorted(((r, c) for r in _SIDES for c in _SIDES), key=lambda rc: (-rc[0]
 
 class Bsr(Blocked):
     name = "bsr"
+    verbs = ("linear", "linear_t", "sddmm", "linear_backward", "conv2d", "conv2d_t", "conv2d_sddmm", "conv2d_backward")
     families = (tuple(_TILES), ((16, 1), (8, 1)), ((4, 4),), ((1, 16),))
     otherwise = (16, 16)
     worth = 0.5  # half-empty blocks are no better off than a kernel that skips single weights

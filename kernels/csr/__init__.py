@@ -48,7 +48,7 @@ class Csr(Format):
     def absent(self, where, mask, groups=1):
         if where.type == "cpu":
             return None if _native.status()["loaded"] else "the native library is missing (see sparsekit info)"
-        return "no csr kernel on a GPU"
+        return "no csr convolution kernel for a GPU" if mask.dim() > 2 else _native.lacks_cuda()
 
     def linear(self, x, values, bias, index, shape):
         return _ops.csr_linear.default(x, values, index[0], index[1], bias)

@@ -194,15 +194,17 @@ def _incoming(own: dict, prefix: str, shape: torch.Size, errors: list) -> tuple[
     elif "weight" in keys:
         weight, mask = keys["weight"], None
     elif "values" in keys:
+        problems: list[str] = []
         for fmt in map(formats.get, formats.names()):
             saved = set(formats.saved_names(fmt))
             if saved - set(fmt.optional_names) <= keys.keys() - {"values"} <= saved:
                 index = {name: keys[name] for name in saved & keys.keys()}
                 if problem := fmt.check(keys["values"], index, shape):
-                    errors.append(f"{prefix}values: Expected {problem}")
-                    return None
-                return fmt.scatter(keys["values"], index, shape), fmt.survivors(index, shape)
-        errors.append(f"{prefix}values: Expected the index tensors of one format beside it, got {sorted(keys)}")
+                    problems.append(problem)  # formats of one storage differ in the blocks they take
+                else:
+                    return fmt.scatter(keys["values"], index, shape), fmt.survivors(index, shape)
+        wanted = problems[0] if problems else f"the index tensors of one format beside it, got {sorted(keys)}"
+        errors.append(f"{prefix}values: Expected {wanted}")
         return None
     else:
         return None
