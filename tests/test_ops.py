@@ -162,7 +162,8 @@ def flat(result):
 
 
 def test_cases_cover_the_table():
-    linears = {name for calls in (linear_calls, bsr_linear_calls, panel_calls, bitmap_calls, nm_calls) for name in calls(*LINEARS["plain"])}
+    kinds = (linear_calls, bsr_linear_calls, panel_calls, bitmap_calls, nm_calls)
+    linears = {name for calls in kinds for name in calls(*LINEARS["plain"])}
     convs = {name for calls in (conv_calls, bsr_conv_calls, panel_calls) for name in calls(*CONVS["plain"])}
     assert {*linears, *convs, "build_info"} == SCHEMAS.keys()
 
