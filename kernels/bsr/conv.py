@@ -158,7 +158,7 @@ def conv2d_sddmm(
             kernel_size[1], *dilation, config["J"], config["BP"], masked, multiply,
             num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
-        return sum_splits(out, x.dtype) if splits > 1 else out[0]
+        return sum_splits(out, x.dtype) if splits > 1 else out.view(nnzb, r, c)
 
     if config is None:
         key = (multiply, r, c, channels, h, w, outs, *window, *padding, groups)
