@@ -116,6 +116,8 @@ def test_front_door():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_all_names_exist(name):
+    if "import triton" in MODULES[name].read_text() or name == "kernels.bsr.cuda":
+        pytest.importorskip("triton")
     module = importlib.import_module(f"sparsekit.{name}")
     assert module.__doc__, f"{name} has no docstring"
     assert [public for public in getattr(module, "__all__", ()) if not hasattr(module, public)] == []
