@@ -52,15 +52,28 @@ def choose(
     """
     if len(configs) == 1 or where.type != "cuda" or os.environ.get("SPARSEKIT_AUTOTUNE") == "0":
         return configs[0]
+    memo = (kernel, key, where, os.environ.get("SPARSEKIT_CACHE"))
+    config, measured, count = _chosen.get(memo, (None, False, 0))
+    if count != len(configs) or config not in configs or (_asked.get() and not measured):
+        config, measured = _look_up(kernel, key, configs, launch, where)
+        _chosen[memo] = config, measured, len(configs)
+    return config
+
+
+_chosen: dict[tuple, tuple[dict, bool, int]] = {}
+"""``{kernel and shape class: (configuration, whether it was measured, of how many)}``: every launch asks."""
+
+
+def _look_up(kernel, key, configs, launch, where) -> tuple[dict, bool]:
     names = {json.dumps(config, sort_keys=True): config for config in configs}
     entry = f"{_place(where)}|{kernel}|{'|'.join(map(str, key))}"
     times = _times.get(entry)
     if times is None or times.keys() != names.keys():
         if not _asked.get() or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-            return configs[0]
+            return configs[0], False
         times = _measure({name: functools.partial(launch, config) for name, config in names.items()})
         _times.put(entry, times)
-    return names[min(times, key=times.get)]
+    return names[min(times, key=times.get)], True
 
 
 @functools.cache

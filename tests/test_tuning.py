@@ -35,6 +35,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(tuning, "_clock", clock)
     monkeypatch.setattr(tuning, "_place", lambda where: "pretended")
     monkeypatch.setattr(tuning, "_times", times.Times("tuning.json"))
+    monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return pretended
@@ -63,6 +64,7 @@ def test_another_process_finds_it_on_disk(gpu, monkeypatch, tmp_path):
     with tuning.on():
         choose(gpu)
     monkeypatch.setattr(tuning, "_times", times.Times("tuning.json"))
+    monkeypatch.setattr(tuning, "_chosen", {})
     gpu.launched.clear()
     assert choose(gpu) == 128 and gpu.launched == []
 
@@ -113,3 +115,10 @@ def test_the_file_is_plain_json(gpu, tmp_path, monkeypatch):
         choose(gpu)
     (entry,) = json.loads((tmp_path / "tuning.json").read_text()).values()
     assert entry == {'{"BM": 64}': 30.0, '{"BM": 128}': 10.0, '{"BM": 256}': 20.0}
+
+
+def test_asking_again_costs_no_look_up(gpu, monkeypatch):
+    with tuning.on():
+        choose(gpu)
+    monkeypatch.setattr(tuning, "_look_up", None)
+    assert choose(gpu) == 128

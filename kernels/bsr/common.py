@@ -55,14 +55,17 @@ def _sum(
     partials, result, bias, total, width,
     SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)
+    at = start + offset
     inside = at < total
     acc = tl.zeros((BLOCK,), tl.float32)
     for _ in tl.static_range(SPLIT):  # always in this order, so equal inputs give equal bits
         acc += tl.load(partials + at, mask=inside, other=0.0)
         partials += total
     if HAS_BIAS:
-        acc += tl.load(bias + at % width, mask=inside, other=0.0).to(tl.float32)
+        column = ((start % width).to(tl.int32) + offset) % width  # one long division, not one for each element
+        acc += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(result + at, activate(acc, ACTIVATION).to(result.dtype.element_ty), mask=inside)
 
 
