@@ -1,12 +1,19 @@
 # make demo    install into .venv, find tickets on real digits, write runs/demo/report.md
 # make test    install into .venv, run the test suite
 # make bench   print the layer suite;  make asan  the kernel tests under address and undefined-behaviour sanitizers
+# make emulate  every CUDA kernel on the CPU once more, for longer than make test does
+# make offline  compile every GPU kernel and read its machine code, no GPU needed (wants triton, nvcc for csrc/cuda)
+# make gpu-test PY=python3            the tests that need a GPU
+# make gpu-bench PY=python3 OUT=dir   what this GPU does and what we do on it: dir/rows.jsonl, dir/gpu.md; no network
+#   MINUTES=15  its time;  ARGS=--quick  the first cases only, --experiments  a sweep of launch configurations
 #
 # TORCH=…      another torch requirement, with pip options if need be
 # PY=…         an existing Python that has torch (and pytest); nothing is downloaded then
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
+OUT ?= runs/gpu
+MINUTES ?= 15
 
 ifdef PY
 RUN := $(PY)
@@ -16,7 +23,7 @@ RUN := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: demo test lint bench asan existing clean
+.PHONY: demo test lint bench emulate offline gpu-test gpu-bench asan existing clean
 
 demo: $(READY)
 	$(RUN) -m sparsekit.demo --out runs/demo
@@ -30,6 +37,26 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m sparsekit bench layers
+
+emulate: $(READY)
+	$(RUN) tests/emulated.py long
+
+offline: $(READY)
+	$(RUN) benchmarks/offline.py $(ARGS)
+
+# What an environment of one's own lacks is named before anything else runs.
+gpu-test: $(filter .venv/ready,$(READY))
+	$(RUN) benchmarks/gpu.py --check test
+	$(MAKE) $(READY)
+	$(RUN) setup.py -q build_ext --inplace
+	$(RUN) -m pytest -m gpu $(ARGS)
+
+# Most rows need no native library, so one that does not build stops only the rows that do.
+gpu-bench: $(filter .venv/ready,$(READY))
+	$(RUN) benchmarks/gpu.py --check bench
+	SPARSEKIT_NATIVE=0 $(MAKE) $(READY)
+	-$(RUN) setup.py -q build_ext --inplace
+	$(RUN) benchmarks/gpu.py --out $(OUT) --minutes $(MINUTES) $(ARGS)
 
 .venv/ready: pyproject.toml setup.py
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

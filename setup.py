@@ -79,6 +79,15 @@ def run(command):
     return done.stdout
 
 
+def cuda_library_folders(nvcc):
+    """The -L options that nvcc itself links with: its place on PATH may be a wrapper far from its libraries."""
+    done = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], check=False, capture_output=True, text=True)
+    for line in done.stderr.splitlines():
+        if line.startswith("#$ LIBRARIES="):
+            return shlex.split(line.partition("=")[2])
+    raise CannotBuild(f"{nvcc} does not say where its libraries are: {done.stderr.strip()[:500]}")
+
+
 def write_if_changed(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
@@ -166,7 +175,7 @@ def build_native(library, scratch):
         changed = any(list(pool.map(compile_one, jobs)))
     link = [*compiler, "-shared", *sanitize, *(job[0] for job in jobs), f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if cuda_sources:
-        link += [f"-L{Path(nvcc).resolve().parent.parent / 'lib64'}", "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
+        link += [*cuda_library_folders(nvcc), "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
     link = [str(part) for part in [*link, "-o", library]]
     stamp = scratch / "link.cmd"
     if changed or not library.exists() or not stamp.exists() or stamp.read_text() != shlex.join(link):

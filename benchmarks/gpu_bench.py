@@ -1,0 +1,527 @@
+"""The measuring half of ``gpu.py``: builds a case, checks it against float64, times it beside its rivals."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import limits
+import torch
+import torch.nn.functional as F
+from gpu_cases import LAYERS, Case, Layer
+from gpu_rows import Spread, failed, product, row, sets_needed
+from torch import Tensor, nn
+
+from sparsekit import Pattern, SparseConv2d, SparseLinear
+from sparsekit import format as formats
+from sparsekit.kernels import tuning
+from sparsekit.nn import SparseModule
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
+TOLERANCE = {"bfloat16": 4e-3, "float16": 1e-3, "tf32": 2e-3, "float32": 1e-5}  # of ‖y - ref‖ / ‖ref‖
+_SECONDS = 0.25  # of timing for each thunk
+_SETUP_SECONDS = 75  # that a rival may take to set up, and a row in all
+_LAST = {"memory_format": torch.channels_last}
+Run = Callable[[int], object]
+"""Does the work once on the input set of that number."""
+
+
+class HostClock:
+    """Wall clock, for devices without events."""
+
+    def round(self, calls: list[Callable[[], object]], flush: bool) -> list[tuple[float, float]]:
+        """Microseconds of each call on the device and on the host."""
+        times = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            us = (time.perf_counter() - start) * 1e6
+            times.append((us, us))
+        return times
+
+
+class CudaClock:
+    """Events around each call, queued while the GPU sleeps, so that it never waits for the host between them."""
+
+    def __init__(self) -> None:
+        self._ahead_us = 20000.0
+        self._other = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # several times any L2
+
+    def round(self, calls: list[Callable[[], object]], flush: bool) -> list[tuple[float, float]]:
+        """Microseconds of each call on the device and on the host; ``flush`` empties the L2 before each."""
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+        host = []
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(self._ahead_us * 2000))  # cycles, at about 2 GHz
+        for call, (start, end) in zip(calls, pairs, strict=True):
+            begun = time.perf_counter()
+            if flush:
+                self._other.zero_()
+            start.record()
+            call()
+            end.record()
+            host.append((time.perf_counter() - begun) * 1e6)
+        torch.cuda.synchronize()
+        self._ahead_us = min(1.5 * sum(host) + 100, 50000.0)
+        return [(start.elapsed_time(end) * 1e3, us) for (start, end), us in zip(pairs, host, strict=True)]
+
+
+def measure(
+    thunks: Mapping[str, Run], sets: int, clock: HostClock | CudaClock, seconds: float | None = None, flush=False
+) -> dict[str, Spread | str]:
+    """Each thunk's times, in turn, every call on the next input set; a thunk that raises has its reason instead."""
+    seconds = _SECONDS if seconds is None else seconds
+    found: dict[str, Spread | str] = {}
+    live = dict(thunks)
+    for name, run in thunks.items():
+        try:
+            for i in range(sets):
+                run(i)
+        except Exception as error:
+            if "CUDA error" in str(error):
+                raise
+            found[name] = _words(error)
+            del live[name]
+    turn = itertools.count()
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in live}
+    deadline, rounds = time.perf_counter() + seconds * len(live), 0
+    while live and (rounds < 9 or (time.perf_counter() < deadline and rounds < 100)):
+        times = clock.round([partial(run, next(turn) % sets) for run in live.values()], flush)
+        rounds += 1
+        if rounds > 2:  # clocks rise, the queue's length settles
+            for name, pair in zip(live, times, strict=True):
+                samples[name].append(pair)
+    return found | {name: Spread.of(*zip(*pairs, strict=True)) for name, pairs in samples.items()}
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer (Python code only: a hung kernel is the supervisor's business)."""
+
+    def stop(signum, frame):
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def mask_of(case: Case, shape: tuple[int, ...], where: torch.device) -> Tensor:
+    """A random mask of the case's pattern, on ``where``: exactly ``round(density * blocks)`` blocks survive."""
+    generator = torch.Generator().manual_seed(1)
+    if case.format == "nm":
+        pattern = Pattern.parse("2:4")
+        scores = torch.rand(shape, generator=generator)
+        return pattern.nm_mask(scores, torch.ones(shape, dtype=torch.bool)).to(where)
+    rows, cols = case.block
+    blocks = -(-shape[0] // rows) * torch.Size(shape[2:]).numel() * -(-shape[1] // cols)
+    keep = torch.zeros(blocks, dtype=torch.bool)
+    keep[torch.randperm(blocks, generator=generator)[: max(1, round(case.density * blocks))]] = True
+    return Pattern.parse(f"block:{rows}x{cols}").expand(keep, torch.Size(shape)).to(where)
+
+
+class Setup(NamedTuple):
+    """One layer under one mask: dense and sparse modules of the same weight, and rotating inputs and gradients."""
+
+    layer: Layer
+    dense: nn.Module
+    sparse: SparseModule
+    mask: Tensor
+    xs: list[Tensor]
+    dys: list[Tensor]
+
+
+class Bench:
+    """Runs cases on ``device``; ``card`` is what its ceilings measured, set by the caller as they become known."""
+
+    card: limits.Card | None = None
+    formats = formats.names()
+
+    def __init__(self, device: torch.device, tiny: bool = False, compiled: bool = True) -> None:
+        self.device, self.tiny = device, tiny
+        self.cuda = device.type == "cuda"
+        self.compiled = compiled and self.cuda
+        self.clock = CudaClock() if self.cuda else HostClock()
+        self.facts = facts(device)
+        self.l2 = torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else 1 << 16
+        self._dense: dict[tuple, tuple] = {}
+        if self.cuda:
+            torch.backends.cudnn.benchmark = True  # the dense rival takes its fastest algorithm
+
+    def rows(self, case: Case) -> Iterator[dict]:
+        """The rows of a case; what fails is a row with its reason."""
+        runs = {"ceilings": self._ceiling, "layers": self._layer, "experiments": self._experiment}
+        try:
+            with _flags(case.dtype):
+                yield from runs[case.suite](case)
+        except Exception as error:
+            yield failed(case, "all", _words(error), self.facts)
+        finally:
+            if self.cuda:
+                with contextlib.suppress(RuntimeError):  # a context that an error has broken
+                    torch.cuda.empty_cache()
+
+    # Ceilings
+
+    def _ceiling(self, case: Case) -> Iterator[dict]:
+        kind, _, which = case.what.partition("-")
+        dtype = which if kind == "gemm" else "bfloat16"
+        with _flags(dtype), time_limit(_SETUP_SECONDS):
+            run, amount, sets, shape = getattr(self, "_" + {"l2": f"l2_{which}"}.get(kind, kind))(which)
+            spread = measure({"it": run}, sets, self.clock)["it"]
+        if isinstance(spread, str):
+            raise RuntimeError(spread)
+        yield row(case, case.what, self.facts, spread, shape=shape, rate=amount / spread.p50 * 1e6)
+
+    def _copy(self, _: str) -> tuple[Run, float, int, tuple]:
+        size = 1 << (16 if self.tiny else 30)
+        x, y = torch.randn(2, size // 2, device=self.device).bfloat16().unbind()
+        return lambda i: y.copy_(x), 2 * x.numel() * 2, 1, tuple(x.shape)
+
+    def _l2_copy(self, _: str) -> tuple[Run, float, int, tuple]:
+        x, y = torch.randn(2, 1 << (12 if self.tiny else 22), device=self.device).bfloat16().unbind()
+        times = 20
+
+        def run(i):
+            for _ in range(times):
+                y.copy_(x)
+
+        return run, times * 2 * x.numel() * 2, 1, tuple(x.shape)
+
+    def _l2_read(self, _: str) -> tuple[Run, float, int, tuple]:
+        if not self.cuda:
+            raise RuntimeError("Expected a CUDA device for the L2 reader, got none")
+        from l2 import reader
+
+        programs = 2 * torch.cuda.get_device_properties(self.device).multi_processor_count
+        run, amount = reader(self.device, programs)
+        return lambda i: run(), amount, 1, (programs,)
+
+    def _gemm(self, dtype: str) -> tuple[Run, float, int, tuple]:
+        m, n, k = (64, 32, 32) if self.tiny else (16384, 4096, 4096)
+        xs = [torch.randn(m, k, device=self.device).to(DTYPES[dtype]) for _ in range(2)]
+        w = torch.randn(n, k, device=self.device).to(DTYPES[dtype])
+        return lambda i: F.linear(xs[i], w), 2 * m * n * k, 2, (m, n, k)
+
+    def _conv(self, channels: str) -> tuple[Run, float, int, tuple]:
+        layer = LAYERS["conv-256-28" if channels == "256" else "conv-512-14"]
+        layer = layer.tiny() if self.tiny else layer
+        conv = nn.Conv2d(layer.inputs, layer.out, 3, padding=1, device=self.device).bfloat16().to(**_LAST)
+        xs = [torch.randn(layer.input, device=self.device).bfloat16().contiguous(**_LAST) for _ in range(4)]
+
+        def run(i):
+            with torch.no_grad():
+                return conv(xs[i])
+
+        return run, 2 * layer.positions * layer.out * layer.inputs * 9, 4, layer.input
+
+    # Layers
+
+    def setup(self, case: Case) -> Setup:
+        """Build a case's modules and inputs."""
+        layer = LAYERS[case.layer].tiny() if self.tiny else LAYERS[case.layer]
+        dense, weight = self._rival(case, layer)[:2]
+        mask = mask_of(case, weight.shape, self.device)
+        if self.cuda:
+            reason = formats.get(case.format).absent(self.device, mask)
+            if not reason and case.format == "bsr" and not _on_cuda("bsr_linear"):
+                reason = "the Triton kernels are not registered"
+            if reason:
+                raise RuntimeError(f"Expected a kernel of {case.format!r} on {self.device.type}, got none: {reason}")
+        with torch.no_grad():
+            dense.weight.copy_(weight * mask)
+        kind = SparseLinear if layer.kind == "linear" else SparseConv2d
+        sparse = kind.from_dense(dense, mask, case.format)
+        generator = torch.Generator(self.device).manual_seed(2)
+
+        def fresh(shape):
+            t = torch.randn(shape, generator=generator, device=self.device).to(DTYPES[case.dtype])
+            return t.contiguous(**_LAST) if t.dim() == 4 else t
+
+        out = (layer.batch, layer.out, *layer.input[2:])
+        size = sum(torch.Size(shape).numel() for shape in (layer.input, out)) * dense.weight.element_size()
+        count = sets_needed(size, self.l2)
+        return Setup(
+            layer, dense, sparse, mask, [fresh(layer.input) for _ in range(count)], [fresh(out) for _ in range(count)]
+        )
+
+    def _rival(self, case: Case, layer: Layer) -> tuple:
+        """The dense layer, its unpruned weight, and the compiled layer once a case asked for it."""
+        key = (case.layer, case.dtype)
+        if key not in self._dense:
+            torch.manual_seed(0)
+            if layer.kind == "linear":
+                dense = nn.Linear(layer.inputs, layer.out)
+            else:
+                dense = nn.Conv2d(layer.inputs, layer.out, 3, padding=1).to(**_LAST)
+            dense = dense.to(self.device, DTYPES[case.dtype])
+            self._dense[key] = dense, dense.weight.detach().clone(), None
+        dense, weight, compiled = self._dense[key]
+        if compiled is None and self.compiled and "compiled" in case.rivals:
+            compiled = torch.compile(dense, mode="max-autotune-no-cudagraphs", dynamic=False)
+            self._dense[key] = dense, weight, compiled
+        return self._dense[key]
+
+    def _layer(self, case: Case) -> Iterator[dict]:
+        with time_limit(_SETUP_SECONDS):
+            setup = self.setup(case)
+        for work in case.works:
+            try:
+                yield self._timed(case, work, setup)
+            except Exception as error:
+                yield failed(case, work, _words(error), self.facts)
+                if "CUDA error" in str(error):
+                    return
+
+    def _timed(self, case: Case, work: str, setup: Setup) -> dict:
+        with time_limit(_SETUP_SECONDS):
+            with watched_tuning() as configs:
+                ours = runner(setup.sparse, setup.xs, setup.dys, work)
+                ours(0)
+            error = error_of(work, ours, setup)
+        if not error < TOLERANCE[case.dtype]:
+            raise AssertionError(f"Expected float64 within {TOLERANCE[case.dtype]:g}, got {error:.1e}; not timed")
+        thunks = {"ours": ours, "dense": runner(setup.dense, setup.xs, setup.dys, work)}
+        reasons: dict[str, str] = {}
+        for name, build in self._rivals(case, work, setup).items():
+            try:
+                with time_limit(_SETUP_SECONDS), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch announces that its sparse layouts are in beta
+                    run = build()
+                    run(0)
+                thunks[name] = run
+            except Exception as problem:
+                if "CUDA error" in str(problem):
+                    raise
+                reasons[name] = _words(problem)
+        few = setup.layer.positions < 256  # then the weight is what must come from memory, and it is not rotated
+        times = measure(thunks, len(setup.xs), self.clock, flush=few)
+        spread = times.pop("ours")
+        if isinstance(spread, str):
+            raise RuntimeError(spread)
+        rivals = reasons | {name: t if isinstance(t, str) else t.p50 for name, t in times.items()}
+        return row(
+            case, work, self.facts, spread, rivals=rivals, of=product(case, setup.layer, work), card=self.card,
+            error=error, config=configs, shape=(*setup.layer.input, setup.layer.out),
+        )  # fmt: skip
+
+    def _rivals(self, case: Case, work: str, setup: Setup) -> dict[str, Callable[[], Run]]:
+        found: dict[str, Callable[[], Run]] = {}
+        compiled = self._rival(case, setup.layer)[2]
+        if compiled is not None and work in ("forward", "step"):
+            found["dense compiled"] = lambda: runner(compiled, setup.xs, setup.dys, work)
+        if work == "forward":
+            if "2:4" in case.rivals:
+                found["2:4"] = lambda: semi_structured(setup)
+            if "torch bsr" in case.rivals:
+                found["torch bsr"] = lambda: torch_bsr(setup, case.block)
+        return found
+
+    # Experiments
+
+    def _experiment(self, case: Case) -> Iterator[dict]:
+        import gpu_experiments
+
+        yield from gpu_experiments.rows(self, case)
+
+
+@contextlib.contextmanager
+def watched_tuning() -> Iterator[dict[str, dict]]:
+    """Tuning on; what each kernel chose is in the dict."""
+    choose, chosen = tuning.choose, {}
+
+    def watched(kernel, *arguments, **more):
+        chosen[kernel] = choose(kernel, *arguments, **more)
+        return chosen[kernel]
+
+    tuning.choose = watched
+    try:
+        with tuning.on():
+            yield chosen
+    finally:
+        tuning.choose = choose
+
+
+def runner(module: nn.Module, xs: list[Tensor], dys: list[Tensor], work: str) -> Run:
+    """The work of a module as a thunk; for ``dx`` and ``dw`` the forward pass is done beforehand."""
+    weight = module.values if isinstance(module, SparseModule) else module.weight
+    if work == "forward":
+
+        def forward(i):
+            with torch.no_grad():
+                return module(xs[i])
+
+        return forward
+    inputs = [x.detach().requires_grad_(work != "dw") for x in xs]
+    if work == "step":
+        return lambda i: torch.autograd.grad(module(inputs[i]), [inputs[i], weight, module.bias], dys[i])
+    weight.requires_grad_(work == "dw")
+    module.bias.requires_grad_(False)
+    try:
+        outputs = [module(x) for x in inputs]
+    finally:
+        weight.requires_grad_()
+        module.bias.requires_grad_()
+    wanted = inputs if work == "dx" else [weight] * len(inputs)
+    return lambda i: torch.autograd.grad(outputs[i], wanted[i], dys[i], retain_graph=True)
+
+
+@torch.no_grad()
+def error_of(work: str, run: Run, setup: Setup) -> float:
+    """``‖y - ref‖ / ‖ref‖`` against float64, on a slice of set 0; the memory that results land in held NaN."""
+    x, dy, weight = setup.xs[0], setup.dys[0], setup.dense.weight.detach().double()
+    torch.backends.cudnn.benchmark, before = False, torch.backends.cudnn.benchmark  # float64 runs once
+    try:
+        return _error_of(work, run, setup, x, dy, weight)
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _error_of(work: str, run: Run, setup: Setup, x: Tensor, dy: Tensor, weight: Tensor) -> float:
+    poison = [torch.full_like(t, torch.nan) for t in (x, dy, setup.sparse.values)]
+    del poison  # back to the allocator, which gives it out again
+    with torch.enable_grad():
+        result = run(0)
+    result = (result,) if work == "forward" else result
+    linear = setup.layer.kind == "linear"
+    some = torch.linspace(0, x.shape[0] - 1, min(x.shape[0], 256 if linear else 2), device=x.device).long()
+    outs = torch.linspace(0, dy.shape[1] - 1, min(dy.shape[1], 64), device=x.device).long()
+
+    def forward(y):
+        a, bias = x[some].double(), setup.dense.bias.double()
+        return y[some], F.linear(a, weight, bias) if linear else F.conv2d(a, weight, bias, padding=1)
+
+    def dx(grad):
+        d = dy[some].double()
+        if linear:
+            return grad[some], d @ weight
+        return grad[some], torch.nn.grad.conv2d_input(x[some].shape, weight, d, padding=1)
+
+    def dw(grad):
+        index = setup.sparse._saved_index()
+        grad = setup.sparse.format.scatter(grad, index, torch.Size(setup.sparse.shape))[outs]
+        d = dy[:, outs].double()
+        full = d.t() @ x.double() if linear else torch.nn.grad.conv2d_weight(x.double(), grad.shape, d, padding=1)
+        return grad, full * setup.mask[outs]
+
+    def dbias(grad):
+        return grad, dy.double().sum([i for i in range(dy.dim()) if i != 1])
+
+    checks = {"forward": [forward], "dx": [dx], "dw": [dw], "step": [dx, dw, dbias]}[work]
+    worst = 0.0
+    for check, tensor in zip(checks, result, strict=True):
+        got, exact = check(tensor)
+        error = float((got.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+        if not error <= worst:  # NaN is the worst
+            worst = error
+    return worst
+
+
+def semi_structured(setup: Setup) -> Run:
+    """torch's own 2:4 product; its mask is another, its time does not depend on density."""
+    from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+
+    SparseSemiStructuredTensor._FORCE_CUTLASS = False  # on Hopper only cuSPARSELt is fast
+    weight = setup.dense.weight.detach()
+    mask = Pattern.parse("2:4").nm_mask(torch.rand_like(weight, dtype=torch.float32), torch.ones_like(setup.mask))
+    packed = to_sparse_semi_structured(torch.randn_like(weight) * mask)
+    bias = setup.dense.bias.detach()
+
+    def run(i):
+        with torch.no_grad():
+            return F.linear(setup.xs[i], packed, bias)
+
+    return run
+
+
+def torch_bsr(setup: Setup, block: tuple[int, int]) -> Run:
+    """torch's own block-sparse product, tuned; it gives the transposed output."""
+    import triton.testing
+    from torch.sparse._triton_ops import bsr_dense_addmm
+    from torch.sparse._triton_ops_meta import tune_bsr_dense_addmm
+
+    weight = setup.dense.weight.detach().to_sparse_bsr(block)
+    bias = setup.dense.bias.detach()[:, None].expand(-1, setup.xs[0].shape[0]).contiguous()
+    bench = triton.testing.do_bench
+
+    def brief(fn, **_):  # its own half second of warm-up for each try would take minutes
+        return bench(fn, warmup=10, rep=30)
+
+    triton.testing.do_bench = brief
+    try:
+        meta = tune_bsr_dense_addmm(bias, weight, setup.xs[0].t(), store=True)
+    finally:
+        triton.testing.do_bench = bench
+
+    def run(i):
+        return bsr_dense_addmm(bias, weight, setup.xs[i].t(), meta=meta)
+
+    with torch.no_grad():
+        got, exact = run(0)[:, :64].t().double(), setup.dense(setup.xs[0][:64]).double()
+    if not (error := float((got - exact).norm() / exact.norm())) < 2e-2:
+        raise AssertionError(f"wrong by {error:.1e}")
+    return run
+
+
+def facts(device: torch.device) -> dict:
+    """What every row carries: the device and the versions."""
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = None
+
+    def said(*command: str) -> str | None:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit, changed = (said("git", "-C", str(ROOT), *w) for w in (["rev-parse", "--short", "HEAD"], ["status", "-s"]))
+    driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "driver": driver.splitlines()[0] if driver else None,
+        "torch": torch.__version__,
+        "triton": version,
+        "commit": os.environ.get("SPARSEKIT_COMMIT") or commit,
+        "dirty": bool(changed) if changed is not None else None,
+    }
+
+
+@contextlib.contextmanager
+def _flags(dtype: str) -> Iterator[None]:
+    """fp32 products in tf32 for cuBLAS, cuDNN and our kernels alike, or in none of them."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = dtype == "tf32"
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+def _on_cuda(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekit::{op}", "CUDA")
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
