@@ -264,6 +264,13 @@ SPARSEKIT_DEVICE T ldg_stream(const T* p) { return __ldcs(p); }
 template <class T>
 SPARSEKIT_DEVICE void stg_stream(T* p, T value) { __stcs(p, value); }
 
+// Byte i of the result is byte `selector >> 4 i & 7` of the eight bytes high:low; the other bits of a selector are 0.
+SPARSEKIT_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
 // ---- host ----
 
 // Queues a kernel; returns CUDA's error. An empty grid is nothing to do.

@@ -238,6 +238,17 @@ void stg_stream(T* p, T value, At at = At::current()) {
   *p = value;
 }
 
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector, At at = At::current()) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t from = selector >> 4 * i & 0xf;
+    if (from > 7) emu::fail(at, "permute_bytes: a selector above 7 copies a sign, which no kernel here means");
+    result |= uint32_t(bytes >> 8 * from & 0xff) << 8 * i;
+  }
+  return result;
+}
+
 // ---- host ----
 
 template <class... Parameters, class... Arguments>

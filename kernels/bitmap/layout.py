@@ -63,11 +63,11 @@ def _flat(tiles: Tensor, shape: torch.Size) -> Tensor:
 
 
 def gather(weight: Tensor, bitmap: Tensor, count: int | None = None) -> Tensor:
-    """The survivors of a dense weight, ``[nnz]``; ``count`` is nnz where that is known, and spares a synchronisation."""
-    tiles = blocks.blocks(weight.flatten(1), (SIDE, SIDE))
+    """The survivors of a dense weight, ``[nnz]``; where ``count`` says how many, nothing waits for the device."""
     if count is None:
-        return tiles[alive(bitmap)]
-    return tiles.flatten()[alive(bitmap).flatten().nonzero_static(size=count).squeeze(1)]
+        count = int(alive(bitmap).sum())
+    place = alive(bitmap).flatten().nonzero_static(size=count).squeeze(1)
+    return blocks.blocks(weight.flatten(1), (SIDE, SIDE)).flatten()[place]
 
 
 def scatter(values: Tensor, bitmap: Tensor, shape: torch.Size) -> Tensor:
