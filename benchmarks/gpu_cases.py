@@ -72,7 +72,9 @@ class Case:
         """``layers/linear-4096-64x64-d0.1-bfloat16``."""
         parts = [self.what] if self.what else []
         if self.layer:
-            pattern = "x".join(map(str, self.block)) if self.format == "bsr" else self.format
+            pattern = "x".join(map(str, self.block))
+            if self.format != "bsr":
+                pattern = f"{self.format}-{pattern}" if self.format == "panel" else self.format
             parts += [self.layer, pattern, f"d{self.density:g}", self.dtype]
         parts += [f"{key}{value}" for key, value in self.config]
         return f"{self.suite}/" + "-".join(parts)
@@ -91,6 +93,19 @@ def _linear(side: int | tuple[int, int], density: float, *rivals: str, **more) -
 
 def _conv(layer: str, side: int, density: float, *rivals: str) -> Case:
     return Case("layers", layer, block=(side, side), density=density, rivals=rivals)
+
+
+def _panels() -> list[Case]:
+    """Small blocks in training, vectors and single weights in the forward product."""
+    linear, forward = "linear-4096", ("forward", "dw")
+    found = [Case("layers", linear, "panel", (8, 8), 0.1), Case("layers", linear, "panel", (16, 16), 0.1)]
+    found += [Case("layers", linear, "panel", (rows, 1), 0.1, works=forward) for rows in (8, 16)]
+    found += [Case("layers", linear, "panel", (1, 1), d, works=("forward",)) for d in (0.02, 0.05, 0.01)]
+    found += [Case("layers", name, "panel", (8, 1), 0.1, works=forward) for name in ("conv-256-28", "conv-512-14")]
+    for d in (0.2, 0.05, 0.02):
+        found += [Case("layers", linear, "panel", block, d) for block in ((8, 8), (16, 16))]
+        found += [Case("layers", linear, "panel", (rows, 1), d, works=forward) for rows in (8, 16)]
+    return found
 
 
 def suite() -> list[Case]:
@@ -116,6 +131,7 @@ def suite() -> list[Case]:
         for d in (0.5, 0.3, 0.1)
     ]
     rest += [Case("layers", "linear-4096", format="csr", density=d, dtype="float32", **single) for d in (0.1, 0.05)]
+    rest += _panels()
     seen: set[str] = set()
     return [c for c in (*CEILINGS, *first, *rest) if not (c.name in seen or seen.add(c.name))]
 
