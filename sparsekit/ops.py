@@ -50,7 +50,7 @@ def register_triton() -> None:
     from .kernels.bsr import cuda
 
     for name, launcher in cuda.LAUNCHERS.items():
-        _triton.register(_lib, name, launcher, TWINS[name], cuda.DTYPES)
+        _triton.register(_lib, name, launcher, TWINS[name], cuda.takes)
 
 
 if importlib.util.find_spec("triton") and (torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1"):

@@ -216,6 +216,17 @@ def test_another_stream():
     assert torch.equal(got, want)
 
 
+def test_another_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    _, sparse, _ = sparse_net()
+    x = images()
+    with torch.no_grad():
+        want = sparse(x)
+        got = copy.deepcopy(sparse).to("cuda:1")(x.to("cuda:1"))
+    assert got.device.index == 1 and relative(got.to("cuda:0"), want) < 1e-5
+
+
 def test_tf32_follows_torch():
     _, sparse, _ = sparse_net()
     exact, x = copy.deepcopy(sparse).double(), images()

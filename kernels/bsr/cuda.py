@@ -17,4 +17,13 @@ LAUNCHERS = {
     "bsr_conv2d_backward": conv.conv2d_backward,
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the tensor cores multiply; other dtypes run through the naive twins."""
+"""What the kernels multiply."""
+LEAST = 8
+"""The smallest side of a block that they take."""
+
+
+def takes(name: str, *args) -> bool:
+    """Whether the kernels run an operator on these arguments; others run through the naive twin."""
+    values = args[2] if name.endswith("backward") else args[1]
+    block = args[5] if name.endswith("sddmm") else values.shape[1:]
+    return args[0].dtype in DTYPES and min(block) >= LEAST
