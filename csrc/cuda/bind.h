@@ -91,8 +91,10 @@ class __attribute__((visibility("hidden"))) Context {
     return static_cast<const int32_t*>(t.const_data_ptr());
   }
 
-  // Device memory that lives as long as the tensor; torch hands it out again in stream order.
+  // Device memory that lives as long as the tensor; torch hands it out again in stream order. A launcher that refuses
+  // a shape asks for a negative size.
   Tensor workspace(const Tensor& like, int64_t bytes) const {
+    STD_TORCH_CHECK(bytes >= 0, op_, ": ", sparsekit_cuda_error());
     return torch::stable::new_empty(like, {(bytes + 3) / 4}, ScalarType::Float);
   }
 
