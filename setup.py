@@ -38,6 +38,7 @@ ISA_FLAGS = {"portable": []}
 if X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+    ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC"]
 for arch in ("80", "90a"):
     CUDA_FLAGS += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
@@ -177,7 +178,8 @@ def build_native(library, scratch):
     if cuda_sources:
         link += [*cuda_library_folders(nvcc), "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
     link = [str(part) for part in [*link, "-o", library]]
-    stamp = scratch / "link.cmd"
+    # One for each library, whatever flags built it last: a sanitized one must not pass for a release.
+    stamp = scratch.parent / f"link-{hashlib.sha256(str(library).encode()).hexdigest()[:8]}.cmd"
     if changed or not library.exists() or not stamp.exists() or stamp.read_text() != shlex.join(link):
         library.parent.mkdir(parents=True, exist_ok=True)
         # Replace, never overwrite: a running process may have the old file mapped.

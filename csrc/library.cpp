@@ -1,6 +1,7 @@
 // Schemas and registration. The strings come from sparsekit/schemas.py, through the build.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/bsr_linear.h"
 #include "cpu/csr_conv2d.h"
 #include "cpu/csr_linear.h"
 #include "sparsekit_schemas.h"
@@ -40,4 +41,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
   m.impl("csr_conv2d_t", TORCH_BOX(&sparsekit::csr_conv2d_t));
   m.impl("csr_conv2d_sddmm", TORCH_BOX(&sparsekit::csr_conv2d_sddmm));
   m.impl("csr_conv2d_backward", TORCH_BOX(&sparsekit::csr_conv2d_backward));
+  m.impl("bsr_linear", TORCH_BOX(&sparsekit::bsr_linear));
+  m.impl("bsr_linear_t", TORCH_BOX(&sparsekit::bsr_linear_t));
+  m.impl("bsr_sddmm", TORCH_BOX(&sparsekit::bsr_sddmm));
+  m.impl("bsr_linear_backward", TORCH_BOX(&sparsekit::bsr_linear_backward));
 }

@@ -35,12 +35,16 @@ def status() -> dict:
     return dict(_status)
 
 
+def lacks_cpu() -> str | None:
+    """Why there are no CPU kernels, or None when there are."""
+    return None if status()["loaded"] else "the native library is missing (see sparsekit info)"
+
+
 def lacks_cuda() -> str | None:
     """Why the library has no CUDA kernels, or None when it has."""
-    status_ = status()
-    if not status_["loaded"]:
-        return "the native library is missing (see sparsekit info)"
-    return None if status_["build"].get("cuda") else "the native library was built without nvcc"
+    if missing := lacks_cpu():
+        return missing
+    return None if status()["build"].get("cuda") else "the native library was built without nvcc"
 
 
 def _try_load() -> dict:

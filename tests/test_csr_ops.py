@@ -395,7 +395,7 @@ def run_with_isa(isa):
     return subprocess.run(command, env=env, check=False, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
 def test_every_instruction_set(isa):
     done = run_with_isa(isa)
     if "does not support it" in done.stderr or f"{isa} is not one of" in done.stderr:

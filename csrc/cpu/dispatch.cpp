@@ -10,6 +10,7 @@ extern const Isa isa_portable;
 #if defined(SPARSEKIT_X86)
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;
+extern const Isa isa_avx512_bf16;
 #endif
 
 namespace {
@@ -19,15 +20,19 @@ struct Variant {
   bool (*runs_here)();
 };
 
+#if defined(SPARSEKIT_X86)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("avx2");
+}
+#endif
+
 // Fastest first.
 const Variant kVariants[] = {
 #if defined(SPARSEKIT_X86)
-    {&isa_avx512,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2");
-     }},
+    {&isa_avx512_bf16, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&isa_avx512, has_avx512},
     // Every AVX2 processor with FMA also has F16C; gcc has no name to ask for it.
     {&isa_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif

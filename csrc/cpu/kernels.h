@@ -69,6 +69,57 @@ struct Rows {
   int64_t rows, count;
 };
 
+// Lists of blocks times packed activations: per list `rows` outputs, per block `depth` input features.
+// y[list * rows + r] = bias + sum over b in [begin[list], end[list]), k < depth of
+//     values[which[b] * block + r * row_step + k * k_step] * panel[index[b] * depth + k]
+// where a feature of the panel, like an output of y, is `width` samples side by side.
+template <class T>
+struct BsrProduct {
+  const T* panel;
+  int64_t features, width;  // a block may stick out of the features; what sticks out is not read
+  const int32_t* index;
+  const int32_t* which;  // or null: the blocks lie in order
+  const T* values;
+  int64_t block;  // weights of a block
+  int64_t rows, row_step, depth, k_step;
+  const int32_t* begin;  // per list
+  const int32_t* end;
+  int64_t lists;
+  const T* bias;  // per output, or null
+  T* y;
+};
+
+// The widest panel, in samples.
+template <class T>
+constexpr int kMaxSamples = 8 * kLanes<T>;
+
+// sums[j][r] (+)= sum over samples t of dy[t][r] * panel[index[j]][t], lanes outputs r of which `rows` are there
+// and `inputs` features j, a multiple of 16. The sums of absent rows are meaningless.
+template <class T>
+struct BsrSddmm {
+  const T* panel;
+  int64_t width, samples;  // the panel's samples, and how many of them are there
+  const T* dy;
+  int64_t dy_stride, rows;
+  const int32_t* index;
+  int64_t inputs;
+  bool accumulate;
+  T* sums;
+};
+
+// The kernels exist for numbers, and for pairs of bfloat16: there values, panel and dy hold two bfloat16 in place
+// of each float, which are multiplied apart and summed together.
+template <class T>
+struct BlockKernels {
+  void (*product)(const BsrProduct<T>&);
+  // The transposed product of blocks of one input: y[index[b]] += sum over k of values[b * depth + k] *
+  // panel[list * depth + k] for b in [begin[list], end[list]). `rows`, `which`, the steps and bias are not read.
+  void (*spread)(const BsrProduct<T>&);
+  void (*sddmm)(const BsrSddmm<T>&, int lanes);  // lanes: 1, 4, 8, ... at most vector_lanes
+};
+
+enum Activation { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
+
 template <class T>
 struct Kernels {
   int max_lines;    // widest product/sddmm, in lines
@@ -83,6 +134,14 @@ struct Kernels {
   void (*advance)(const int32_t* index, const int32_t* cursor, const int32_t* end, int32_t* cursor_out, int64_t rows,
                   int32_t first, int32_t limit, int32_t last);
   T (*sum)(const T*, int64_t count);
+
+  BlockKernels<T> numbers;
+  BlockKernels<T> pairs;  // all null without an instruction for them
+  void (*block_vector)(const BsrProduct<T>&);  // one sample of numbers: width = 1, no bias
+  int vector_lanes;
+  // to[r * count + i] = the pair of from[r * step + i] and from[r * step + second + i]
+  void (*interleave)(const uint16_t* from, int64_t second, int64_t step, void* to, int64_t rows, int64_t count);
+  void (*activate)(T*, int64_t count, Activation);
 
   // Indexed by Storage.
   void (*pack[3])(const Transfer<T>&);    // unused lanes become zero

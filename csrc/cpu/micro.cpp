@@ -1,4 +1,8 @@
 // The micro-kernels. Compiled once per instruction set; SPARSEKIT_ISA_TABLE names the table it exports.
+#include "bsr_activation.h"
+#include "bsr_product.h"
+#include "bsr_sddmm.h"
+#include "bsr_vector.h"
 #include "simd.h"
 
 namespace sparsekit {
@@ -284,6 +288,14 @@ void gather(T* to, const void* tensor, const int32_t* which, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = St::get(from[which[i]]);
 }
 
+void interleave(const uint16_t* from, int64_t second, int64_t step, void* to, int64_t rows, int64_t count) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint16_t* p = from + r * step;
+    uint32_t* pairs = static_cast<uint32_t*>(to) + r * count;
+    for (int64_t i = 0; i < count; ++i) pairs[i] = uint32_t(p[i]) | uint32_t(p[i + second]) << 16;
+  }
+}
+
 // ---- the table --------------------------------------------------------------------------------------
 
 template <class T>
@@ -313,6 +325,14 @@ void sddmm_any(const Sddmm<T>& args, int lines) {
   SK_BY_WIDTH(sddmm, args)
 }
 
+template <class T>
+constexpr BlockKernels<T> pair_kernels() {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == 4) return {block_product_any<Pairs>, block_spread_any<Pairs>, block_sddmm_any<Pairs>};
+#endif
+  return {};
+}
+
 template <class T, class A, class B, class C>
 constexpr Kernels<T> table() {
   constexpr int widest = kMaxVectors<T> / Simd<T>::per_line;
@@ -323,6 +343,12 @@ constexpr Kernels<T> table() {
           dot<T>,
           advance,
           sum<T>,
+          {block_product_any<Numbers<T>>, block_spread_any<Numbers<T>>, block_sddmm_any<Numbers<T>>},
+          pair_kernels<T>(),
+          block_vector<T>,
+          Simd<T>::width,
+          interleave,
+          activate<T>,
           {pack<T, A>, pack<T, B>, pack<T, C>},
           {unpack<T, A>, unpack<T, B>, unpack<T, C>},
           {load<T, A>, load<T, B>, load<T, C>},

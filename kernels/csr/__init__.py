@@ -47,7 +47,7 @@ class Csr(Format):
 
     def absent(self, where, mask, groups=1):
         if where.type == "cpu":
-            return None if _native.status()["loaded"] else "the native library is missing (see sparsekit info)"
+            return _native.lacks_cpu()
         return "no csr convolution kernel for a GPU" if mask.dim() > 2 else _native.lacks_cuda()
 
     def linear(self, x, values, bias, index, shape):
