@@ -44,16 +44,19 @@ emulate: $(READY)
 offline: $(READY)
 	$(RUN) benchmarks/offline.py $(ARGS)
 
+# Only these files are imported: the others need packages that a GPU machine may lack.
+GPU_TESTS = $(shell grep -lE 'mark\.gpu|runs_kernels' tests/test_*.py)
+
 # What an environment of one's own lacks is named before anything else runs.
 gpu-test: $(filter .venv/ready,$(READY))
 	$(RUN) benchmarks/gpu.py --check test
 	$(MAKE) $(READY)
 	$(RUN) setup.py -q build_ext --inplace
-	$(RUN) -m pytest -m gpu $(ARGS)
+	$(RUN) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
 
 # Most rows need no native library, so one that does not build stops only the rows that do.
 gpu-bench: $(filter .venv/ready,$(READY))
-	$(RUN) benchmarks/gpu.py --check bench
+	$(RUN) benchmarks/gpu.py --check bench $(ARGS)
 	SPARSEKIT_NATIVE=0 $(MAKE) $(READY)
 	-$(RUN) setup.py -q build_ext --inplace
 	$(RUN) benchmarks/gpu.py --out $(OUT) --minutes $(MINUTES) $(ARGS)

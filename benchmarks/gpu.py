@@ -54,6 +54,15 @@ def missing(what: str) -> str | None:
     )
 
 
+def no_gpu() -> str | None:
+    """Why there is nothing to measure here, or None."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    return f"Expected a GPU that torch can use, got torch {torch.__version__} without one; see python -m sparsekit info"
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
@@ -156,10 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parse(arguments)
     if args.check:
-        problem = missing(args.check)
-        print(problem or f"all packages for gpu-{args.check} are here")
+        problem = missing(args.check) or (no_gpu() if args.device == "cuda" else None)
+        print(problem or f"all that gpu-{args.check} needs is here")
         return 1 if problem else 0
-    if problem := missing("bench"):
+    if problem := missing("bench") or (no_gpu() if args.device == "cuda" else None):
         print(problem, file=sys.stderr)
         return 1
     args.out.mkdir(parents=True, exist_ok=True)

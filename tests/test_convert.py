@@ -403,3 +403,15 @@ def test_real_measurements_end_to_end(monkeypatch):
         fast = sk.convert(model, sk.prune(model, 0.9), images(), training=True)
     assert all(layer.us > 0 for layer in sk.explain(fast).layers)
     assert (plan.device.cache_dir() / "plans.json").exists()
+
+
+def test_times_of_one_block_do_not_serve_for_another(monkeypatch):
+    model, keys = nn.Sequential(nn.Linear(256, 256)), []
+    def choose(thunks, key):
+        keys.append(key)
+        return "dense", dict.fromkeys(thunks, 1.0)
+
+    monkeypatch.setattr(sys.modules["sparsekit.nn.convert"], "choose", choose)
+    for pattern in ("block:16x16", "block:8x1", "block:16x16"):
+        sk.convert(model, sk.prune(model, 0.75, pattern=pattern))
+    assert keys[0] == keys[2] != keys[1]

@@ -85,6 +85,77 @@ def test_every_format_on_its_own_pattern():
             assert relative(sparse(x), want) < 1e-2, name
 
 
+KERNELS = [
+    ("csr", torch.float32, "unstructured"), ("csr", torch.float64, "unstructured"),
+    ("csr", torch.bfloat16, "unstructured"), ("panel", torch.bfloat16, "block:8x1"),
+    ("panel", torch.float16, "block:16x16"), ("panel", torch.bfloat16, "block:8x8"),
+    ("panel", torch.bfloat16, "unstructured"), ("panel", torch.float16, "block:16x1"),
+    ("bitmap", torch.bfloat16, "unstructured"), ("bitmap", torch.float32, "unstructured"),
+    ("bsr", torch.bfloat16, "block:16x16"), ("bsr", torch.float32, "block:64x32"), ("bsr", torch.float16, "block:8x8"),
+]  # fmt: skip
+ids = pytest.mark.parametrize(("name", "dtype", "pattern"), KERNELS, ids=lambda value: str(value).replace("torch.", ""))
+
+
+def check_layer(dense, x, name, pattern):
+    """Forward and every gradient of a layer in a format against the masked dense layer in float64."""
+    mask = sk.prune(dense, 0.7, pattern=pattern, scope="layer")["weight"]
+    kind = sk.SparseLinear if isinstance(dense, nn.Linear) else sk.SparseConv2d
+    sparse = kind.from_dense(dense, mask, name)
+    exact = copy.deepcopy(dense).double()
+    with torch.no_grad():
+        exact.weight.mul_(mask)
+    x.requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    for size in (x.numel(), 4096):
+        torch.full((size,), torch.nan, device=x.device, dtype=x.dtype)  # what results are likely to be given
+    y, want = sparse(x), exact(x64)
+    assert y.shape == want.shape and y.dtype == x.dtype
+    dy = torch.randn_like(y)
+    got = torch.autograd.grad(y, [x, sparse.values, sparse.bias], dy)
+    wanted = torch.autograd.grad(want, [x64, exact.weight, exact.bias], dy.double())
+    dense_grad = sparse.format.scatter(got[1], sparse._saved_index(), torch.Size(sparse.shape))
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5}.get(x.dtype, 8e-3)
+    for one, other in zip((y, got[0], dense_grad, got[2]), (want, wanted[0], wanted[1] * mask, wanted[2]), strict=True):
+        assert (one.double() - other).norm() <= limit * max(float(other.norm()), 1e-3)
+
+
+@ids
+@pytest.mark.parametrize("n", [0, 1, 37, 300])
+def test_linear_kernels(name, dtype, pattern, n):
+    dense = nn.Linear(200, 136).to("cuda", dtype)
+    check_layer(dense, torch.randn(n, 200, device="cuda", dtype=dtype), name, pattern)
+
+
+@ids
+@pytest.mark.parametrize(
+    "geometry", [{"padding": 1}, {"stride": 2, "padding": 1, "groups": 2}, {"dilation": 2}], ids=str
+)
+def test_convolution_kernels(name, dtype, pattern, geometry):
+    if name == "bitmap":
+        pytest.skip("for linear layers")
+    dense = nn.Conv2d(48, 80, 3, **geometry).to("cuda", dtype)
+    x = torch.randn(3, 48, 9, 11, device="cuda", dtype=dtype)
+    check_layer(dense, x, name, pattern)
+    check_layer(dense, x.detach().contiguous(memory_format=torch.channels_last), name, pattern)
+
+
+def test_panels_in_tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    dense, x = nn.Linear(256, 128).cuda(), torch.randn(100, 256, device="cuda")
+    mask = sk.prune(dense, 0.7, pattern="block:8x8")["weight"]
+    sparse = sk.SparseLinear.from_dense(dense, mask, "panel")
+    exact = nn.functional.linear(x.double(), (dense.weight * mask).double(), dense.bias.double())
+    try:
+        errors = []
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            with torch.no_grad():
+                errors.append(relative(sparse(x), exact))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert errors[0] < 1e-5 < errors[1] < 5e-3
+
+
 def test_the_plan_measures_and_explains():
     dense = Net().cuda()
     sparse = sk.convert(dense, sk.prune(dense, 0.9, pattern="block:32x32"), example_inputs=images(), training=True)

@@ -27,9 +27,8 @@ def test_without_a_driver_a_launch_is_a_sentence():
     library.sparsekit_cuda_error.restype = ctypes.c_char_p
     memory = ctypes.create_string_buffer(1 << 16)
     sizes = [ctypes.c_int64(n) for n in (4, 8, 8, 16)]  # tokens, features, rows, survivors
-    status = library.sparsekit_cuda_csr_linear(
-        memory, ctypes.c_int64(8), memory, None, memory, memory, None, memory, ctypes.c_int64(8), *sizes, 0, memory, None
-    )
+    x, y = (memory, ctypes.c_int64(8)), (memory, ctypes.c_int64(8))
+    status = library.sparsekit_cuda_csr_linear(*x, memory, None, memory, memory, None, *y, *sizes, 0, memory, None)
     text = library.sparsekit_cuda_error().decode()
     assert status != 0
     assert "csr" in text and "[4, 8]" in text and "CUDA error" in text

@@ -183,11 +183,13 @@ def _plan_layer(
             rejected[other] = f"{ratio:.2f}x the memory of dense at density {share:.3g}"
             del candidates[other]
     thunks = {other: _thunk(candidate, x, training) for other, candidate in candidates.items()}
+    # Densities share times within a bucket; what the survivors were packed into must be the same.
+    packed = ",".join(f"{other}{list(c.values.shape[1:])}" for other, c in candidates.items())
     geometry = candidates["dense"].extra_repr().partition(", format=")[0]
     layout = "nhwc" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else "rows"
     key = cache_key(
         x.device, facts["kind"], geometry, tuple(x.shape), layout, x.dtype, module.weight.dtype,
-        x.requires_grad, torch.is_autocast_enabled(x.device.type), density_bucket(share), facts["work"],
+        x.requires_grad, torch.is_autocast_enabled(x.device.type), density_bucket(share), packed, facts["work"],
     )  # fmt: skip
     chosen, times = choose(thunks, key)
     for other, us in times.items():
