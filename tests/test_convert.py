@@ -411,7 +411,7 @@ def test_times_of_one_block_do_not_serve_for_another(monkeypatch):
         keys.append(key)
         return "dense", dict.fromkeys(thunks, 1.0)
 
-    monkeypatch.setattr(sys.modules["sparsekit.nn.convert"], "choose", choose)
+    monkeypatch.setattr(convert_module, "choose", choose)
     for pattern in ("block:16x16", "block:8x1", "block:16x16"):
         sk.convert(model, sk.prune(model, 0.75, pattern=pattern))
     assert keys[0] == keys[2] != keys[1]
