@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import check, poison, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,6 @@ pytestmark = pytest.mark.skipif(native_library_is_missing(), reason="the native 
 
 ops = torch.ops.sparsekit
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 BLOCKS = [(8, 1), (16, 1), (1, 16), (4, 4), (8, 8), (16, 16), (32, 32)]
 SIDES = (1, 4, 8, 16, 32, 64, 128)
 ACTIVATIONS = {
@@ -86,25 +86,6 @@ def packed(shape, block, density, dtype=torch.float32, seed=0):
         layout.transposed(crow, col, grid),
         layout.gather(torch.ones(shape, dtype=torch.bool), crow, col, block, 1),
     )
-
-
-def randn(*shape, dtype=torch.float32, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def poison(*tensors):
-    """Leaves NaN in the memory that results of these sizes are likely to be given."""
-    for t in tensors:
-        torch.full_like(t, float("nan"))
-
-
-def check(got, expected, dtype=torch.float32):
-    assert got.shape == expected.shape
-    assert got.dtype == dtype
-    assert got.is_contiguous()
-    # Terms are of order one, so a result smaller than that has lost digits to cancellation.
-    scale = max(expected.norm().item(), expected.numel() ** 0.5, 1)
-    assert (got.double() - expected).norm().item() <= TOLERANCE[dtype] * scale
 
 
 def oracle(x, w, bias, dy, activation="none"):

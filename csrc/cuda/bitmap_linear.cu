@@ -8,9 +8,9 @@
 // Not yet run on a GPU: where the launcher chooses (`Plan`), it goes by the count of instructions.
 #include "bitmap_linear.h"
 
-#include <cmath>
 #include <type_traits>
 
+#include "activation.cuh"
 #include "bitmap_stream.cuh"
 #include "launch.h"
 #include "ptx.cuh"
@@ -19,15 +19,6 @@ namespace sparsekit::cuda {
 namespace {
 
 using namespace bitmap;
-
-enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
-
-SPARSEKIT_DEVICE float activate(float v, int activation) {
-  if (activation == kRelu) return v < 0.0f ? 0.0f : v;  // keeps NaN
-  if (activation == kGelu) return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-  if (activation == kSilu) return v / (1.0f + expf(-v));
-  return v;
-}
 
 // Writes what a warp has summed, its rows side by side: up to 8 tokens are gathered in `scratch` (kScratch) first.
 template <class T>

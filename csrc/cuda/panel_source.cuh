@@ -1,8 +1,8 @@
 // What surrounds a panel product: the feature-major copy of its source before it, the sum of its shares after it.
 #pragma once
 
-#include <cmath>
 
+#include "activation.cuh"
 #include "panel_shape.cuh"
 
 namespace sparsekit::cuda::panel {
@@ -99,15 +99,6 @@ cudaError_t queue_copy(const void* image, void* rows, const Source& s, void* str
 }
 
 // ---- bias, activation, sum of shares ----
-
-enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
-
-SPARSEKIT_DEVICE float activate(float v, int activation) {
-  if (activation == kRelu) return v < 0.0f ? 0.0f : v;  // keeps NaN
-  if (activation == kGelu) return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-  if (activation == kSilu) return v / (1.0f + expf(-v));
-  return v;
-}
 
 // result[i] = activation(shares[0][i] + shares[1][i] + ... + bias[i % columns]).
 template <class T>
