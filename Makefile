@@ -77,7 +77,7 @@ asan: $(READY)
 	cd build/asan && ln -sfn ../kernels sparsekit/kernels && \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$PWD $(abspath $(RUN)) -m pytest -q tests/test_csr_ops.py tests/test_bsr_native.py \
-	  -k "not isa and not instruction_set" -p no:cacheprovider
+	  tests/test_jit.py -k "not isa and not instruction_set" -p no:cacheprovider
 
 clean:
 	rm -rf build .venv sparsekit/_C.abi3.so sparsekit/_C.abi3.json

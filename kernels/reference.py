@@ -38,7 +38,7 @@ def sample(dense: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     return dense[row, col_indices.long()]
 
 
-def csr_linear(x, values, crow_indices, col_indices, bias):
+def csr_linear(x, values, crow_indices, col_indices, bias, code_key=None):
     return F.linear(x, csr_dense(values, crow_indices, col_indices, x.shape[1]), bias)
 
 
@@ -51,7 +51,7 @@ def csr_sddmm(dy, x, crow_indices, col_indices):
 
 
 def csr_linear_backward(
-    dy, x, values, crow_indices, col_indices, t_crow, t_row, t_perm, need_dx, need_dvalues, need_dbias
+    dy, x, values, crow_indices, col_indices, t_crow, t_row, t_perm, need_dx, need_dvalues, need_dbias, code_key=None
 ):
     empty = dy.new_empty(0)
     return (

@@ -57,8 +57,12 @@ class Format(ABC):
     def index(self, mask: Tensor, groups: int = 1) -> dict[str, Tensor]:
         """The saved index tensors of a bool mask; ``groups`` are those of a convolution."""
 
+    def prepare(self, index: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+        """The derived index tensors that a layer holds from the start; a verb that misses one works, slower."""
+        return {}
+
     def derive(self, index: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
-        """The derived index tensors, which only the backward pass needs."""
+        """The other derived index tensors, which only the backward pass needs."""
         return {}
 
     @abstractmethod

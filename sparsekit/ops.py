@@ -62,7 +62,7 @@ def _fake(function):
 
 
 @_fake
-def csr_linear(x, values, crow_indices, col_indices, bias):
+def csr_linear(x, values, crow_indices, col_indices, bias, code_key=None):
     return x.new_empty(x.shape[0], crow_indices.shape[0] - 1)
 
 
@@ -78,7 +78,7 @@ def csr_sddmm(dy, x, crow_indices, col_indices):
 
 @_fake
 def csr_linear_backward(
-    dy, x, values, crow_indices, col_indices, t_crow, t_row, t_perm, need_dx, need_dvalues, need_dbias
+    dy, x, values, crow_indices, col_indices, t_crow, t_row, t_perm, need_dx, need_dvalues, need_dbias, code_key=None
 ):
     return (
         dy.new_empty(x.shape if need_dx else 0),

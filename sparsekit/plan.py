@@ -96,7 +96,8 @@ def cache_key(where: torch.device, *parts: object) -> str:
     build = _native.status()["build"] or {}
     versions = (torch.__version__, __version__, build.get("version"), build.get("schemas"))
     if where.type == "cpu":
-        versions += (torch.backends.cpu.get_cpu_capability(), build.get("active_isa"), torch.get_num_threads())
+        versions += (torch.backends.cpu.get_cpu_capability(), build.get("active_isa"), build.get("machine_code"))
+        versions += (torch.get_num_threads(),)
     else:
         versions += (tuning.triton_version(),)
     return "|".join(map(str, (device.describe(where), *versions, *parts)))

@@ -12,6 +12,8 @@ Vocabulary
     ``t_crow int32 [in + 1]``, ``t_row int32 [nnz]``, ``t_perm int32 [nnz]`` are the same survivors in
     column-major (CSC) order: entry ``p`` of column ``j`` sits in row ``t_row[p]`` and its value is
     ``values[t_perm[p]]``. Rows ascend within a column.
+    ``code_key int64 [2]`` (on the CPU, optional) names the content of ``crow_indices, col_indices``: machine code made
+    for a mask is kept under it, and one key must never name two masks. The CPU alone reads it.
 
     ``bsr_*``, ``panel_*``: ``values [blocks, R, C]`` are blocks of R outputs by C inputs of one tap (kernel
     position) and group; with ``rows = ceil(out / groups / R)``, ``cols = ceil(in / groups / C)``, ``taps = kh * kw``:
@@ -66,12 +68,15 @@ _BLOCKED = {
 }
 
 SCHEMAS = {
-    "csr_linear": "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias) -> Tensor",
+    "csr_linear": (
+        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor? code_key=None)"
+        " -> Tensor"
+    ),
     "csr_linear_t": f"(Tensor dy, Tensor values, {_T}) -> Tensor",
     "csr_sddmm": "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices) -> Tensor",
     "csr_linear_backward": (
         f"(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, {_T}, "
-        f"{_NEEDS}) -> (Tensor, Tensor, Tensor)"
+        f"{_NEEDS}, Tensor? code_key=None) -> (Tensor, Tensor, Tensor)"
     ),
     "csr_conv2d": (
         "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, "

@@ -1,5 +1,6 @@
 #include "csr_linear.h"
 
+#include "machine_code.h"
 #include "panels.h"
 
 namespace sparsekit {
@@ -10,6 +11,7 @@ constexpr int64_t kTileBytes = 32 << 10;   // the piece of a panel that should s
 // product a last group of dot products that is not full.
 constexpr int64_t kProductPerTile = 12, kSddmmPerTile = 16;
 constexpr int64_t kPackedBytes = 16 << 20;  // activations packed at a time
+constexpr int64_t kCodeSamples = 16;        // a smaller batch leaves lanes of machine code idle
 
 double pack_cost(int64_t samples, int64_t features) { return 0.1 * double(samples) * double(features); }
 double product_cost(int64_t nnz, int64_t samples) { return double(nnz) * (0.4 + 0.012 * double(samples)); }
@@ -92,6 +94,47 @@ struct PanelProduct {
   }
 };
 
+// The same by machine code, whose panels are one line wide.
+struct CodeProduct {
+  static constexpr int64_t kBlocks = 4;            // blocks of rows whose results are unpacked together
+  static constexpr int64_t kTileBytes = 256 << 10;  // panels that one pass over the code reads
+
+  const Panels<float>& panels;
+  const MachineCode& code;
+  const float* values;
+  const float* bias;
+  Matrix y;
+
+  void run_part(int64_t parts, int64_t part) const {
+    constexpr int64_t L = Panels<float>::L;
+    const Span blocks = code.share(parts, part);
+    const int64_t panel = L * panels.features;
+    const int64_t pass = std::clamp<int64_t>(kTileBytes / (panel * int64_t(sizeof(float))), 4, 16);
+    for (int64_t first = 0; first < panels.count; first += pass) {
+      const int64_t count = std::min(pass, panels.count - first);
+      for (int64_t b = blocks.begin; b < blocks.end; b += kBlocks) {
+        const Span some{b, std::min(blocks.end, b + kBlocks)};
+        const int64_t row = code.row(some.begin), rows = code.row(some.end) - row;
+        float* result = Workspace::mine().get<float>(Workspace::kTile, count * rows * L);
+        code.run(some, count, panels.panel(first), panel, values, bias, result, rows * L);
+        for (int64_t t = 0; t < count; ++t)
+          panels.each_line(first + t, [&](int64_t sample, int64_t, int64_t lanes) {
+            kernels<float>().unpack[y.storage](
+                {result + t * rows * L, L, y.at(sample, row), y.sample_stride, y.feature_stride, lanes, rows});
+          });
+      }
+    }
+  }
+};
+
+// Machine code for lists where a key is given and a batch of this size is faster by it, else null.
+template <class T>
+std::shared_ptr<const MachineCode> code_for(const std::optional<Tensor>& key, bool transposed, const Lists& lists,
+                                            int64_t features, int64_t samples) {
+  if (!std::is_same_v<T, float> || samples < kCodeSamples || !key.has_value() || !key->defined()) return nullptr;
+  return MachineCode::find(*key, transposed, lists, features, samples);
+}
+
 // dvalues (+)= dyT x at the survivors [first, last).
 template <class T>
 void sddmm_span(const Panels<T>& dy, const Panels<T>& x, const Lists& lists, Span span, bool accumulate, T* dvalues) {
@@ -164,13 +207,35 @@ void single(const Matrix& x, const Lists& lists, const T* values, const Permuted
   if (y.storage != kNative) kernels<T>().store[y.storage]({out, 0, y.data, 0, 1, 1, lists.rows});
 }
 
+// y = x W^T + bias by machine code.
+void multiply_by_code(const Matrix& x, const MachineCode& code, const float* values, const float* bias, int64_t nnz,
+                      const Matrix& y) {
+  const int64_t step = samples_at_once<float>(x.features, 1);
+  for (int64_t first = 0; first < x.samples; first += step) {
+    const int64_t count = std::min(step, x.samples - first);
+    const Panels<float> panels(Workspace::kX, x.features, first, count, 1);
+    const int64_t packers = parts_for(pack_cost(count, x.features)), parts = parts_for(product_cost(nnz, count));
+    for_parts(packers, [&](int64_t part) { panels.fill_part(x, packers, part); });
+    const CodeProduct product{panels, code, values, bias, y};
+    for_parts(parts, [&](int64_t part) { product.run_part(parts, part); });
+  }
+}
+
 // y = x W^T + bias over the survivors listed by output; perm, if any, says where their values are.
 template <class T>
-Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists, const int32_t* perm, const T* bias) {
+Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists, const int32_t* perm, const T* bias,
+                const std::optional<Tensor>& key) {
   const Matrix x(x_tensor);
   Tensor out = new_empty<int64_t>(x_tensor, {x.samples, lists.rows});
   if (x.samples == 0 || lists.rows == 0) return out;
   const Matrix y(out);
+  if constexpr (std::is_same_v<T, float>) {
+    if (const auto code = perm ? nullptr : code_for<T>(key, false, lists, x.features, x.samples)) {
+      multiply_by_code(x, *code, values_as<T>(values), bias, lists.nnz, y);
+      Workspace::mine().trim();
+      return out;
+    }
+  }
   std::optional<Permuted<T>> permuted;
   if (perm) permuted.emplace(values, perm, lists.nnz);
   const T* v = perm ? permuted->data : values_as<T>(values);
@@ -216,7 +281,8 @@ void check_values(const char* op, const Tensor& values, const Tensor& x, const c
 
 }  // namespace
 
-Tensor csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias) {
+Tensor csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias,
+                  std::optional<Tensor> code_key) {
   constexpr const char* op = "csr_linear";
   check_activation(op, "x", x, -1);
   const Lists lists = check_lists(op, "crow_indices", crow, "col_indices", col);
@@ -225,7 +291,7 @@ Tensor csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, std::optiona
   return with_compute_type(x, [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> copy;
-    return multiply<T>(x, values, lists, nullptr, bias_as<T>(op, bias, x, lists.rows, copy));
+    return multiply<T>(x, values, lists, nullptr, bias_as<T>(op, bias, x, lists.rows, copy), code_key);
   });
 }
 
@@ -239,7 +305,7 @@ Tensor csr_linear_t(Tensor dy, Tensor values, Tensor t_crow, Tensor t_row, Tenso
   check_vector(op, "t_perm", t_perm, lists.nnz);
   return with_compute_type(dy, [&](auto zero) {
     using T = decltype(zero);
-    return multiply<T>(dy, values, lists, perm, static_cast<const T*>(nullptr));
+    return multiply<T>(dy, values, lists, perm, static_cast<const T*>(nullptr), std::nullopt);
   });
 }
 
@@ -253,7 +319,7 @@ struct Needs {
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tensor& x_tensor, const Tensor* values,
                                              const Lists& lists, const Lists& t_lists, const int32_t* perm,
-                                             Needs need) {
+                                             Needs need, const std::optional<Tensor>& key) {
   const Matrix dy(dy_tensor), x(x_tensor);
   const int64_t samples = dy.samples;
   Tensor dx = new_empty<int64_t>(x_tensor, {need.dx ? samples : 0, need.dx ? x.features : 0});
@@ -265,6 +331,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tens
     if (need.dbias) std::fill_n(dbias.data(), dy.features, T(0));
     return {dx, dvalues.finish(), dbias.finish()};
   }
+  const auto code = need.dx ? code_for<T>(key, true, t_lists, dy.features, samples) : nullptr;
+  const bool wide = !code || need.dvalues || need.dbias;  // machine code reads panels of one line instead
   std::optional<Permuted<T>> permuted;
   if (need.dx) permuted.emplace(*values, perm, t_lists.nnz);
   std::optional<Matrix> dx_matrix;
@@ -274,20 +342,26 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tens
   const int64_t step = samples_at_once<T>(std::max(x.features, dy.features), lines);
   for (int64_t first = 0; first < samples; first += step) {
     const int64_t count = std::min(step, samples - first);
-    const Panels<T> dy_panels(Workspace::kDy, dy.features, first, count, lines);
+    const Panels<T> dy_panels(Workspace::kDy, wide ? dy.features : 0, first, count, lines);
     const Panels<T> x_panels(Workspace::kX, need.dvalues ? x.features : 0, first, count, lines);
-    const bool gather = need.dx && first == 0;
+    const Panels<T> dy_lines(Workspace::kOffsets, code ? dy.features : 0, first, count, 1);
+    const bool gather = permuted && first == 0;
     const double gather_cost = gather ? double(lists.nnz) : 0;
     const int64_t packers = parts_for(pack_cost(count, dy.features + x_panels.features) + gather_cost);
     for_parts(packers, [&](int64_t part) {
-      dy_panels.fill_part(dy, packers, part);
+      if (wide) dy_panels.fill_part(dy, packers, part);
+      if (code) dy_lines.fill_part(dy, packers, part);
       if (need.dvalues) x_panels.fill_part(x, packers, part);
       if (gather) permuted->fill(cut(t_lists.nnz, packers, part, kLanes<T>));
     });
     const double products = double(need.dx) + double(need.dvalues);
     const int64_t parts = parts_for(products * product_cost(lists.nnz, count) + 0.05 * double(dy.features * count));
     for_parts(parts, [&](int64_t part) {
-      if (dx_matrix) PanelProduct<T>{dy_panels, t_lists, permuted->data, nullptr, *dx_matrix}.run_part(parts, part);
+      if (dx_matrix) {
+        if (!code) PanelProduct<T>{dy_panels, t_lists, permuted->data, nullptr, *dx_matrix}.run_part(parts, part);
+        else if constexpr (std::is_same_v<T, float>)
+          CodeProduct{dy_lines, *code, permuted->data, nullptr, *dx_matrix}.run_part(parts, part);
+      }
       if (need.dvalues)
         sddmm_span(dy_panels, x_panels, lists, cut(lists.nnz, parts, part, kLanes<T>), first > 0, dvalues.data());
       if (need.dbias) bias_gradient(dy_panels, cut(dy.features, parts, part), first > 0, dbias.data());
@@ -314,13 +388,15 @@ Tensor csr_sddmm(Tensor dy, Tensor x, Tensor crow, Tensor col) {
   const Lists lists = check_lists(op, "crow_indices", crow, "col_indices", col);
   check_pair(op, dy, x, lists);
   return with_compute_type(x, [&](auto zero) {
-    return std::get<1>(gradients<decltype(zero)>(dy, x, nullptr, lists, Lists{}, nullptr, {false, true, false}));
+    return std::get<1>(gradients<decltype(zero)>(dy, x, nullptr, lists, Lists{}, nullptr, {false, true, false},
+                                              std::nullopt));
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> csr_linear_backward(Tensor dy, Tensor x, Tensor values, Tensor crow, Tensor col,
                                                        Tensor t_crow, Tensor t_row, Tensor t_perm, bool need_dx,
-                                                       bool need_dvalues, bool need_dbias) {
+                                                       bool need_dvalues, bool need_dbias,
+                                                       std::optional<Tensor> code_key) {
   constexpr const char* op = "csr_linear_backward";
   const Lists lists = check_lists(op, "crow_indices", crow, "col_indices", col);
   check_pair(op, dy, x, lists);
@@ -335,7 +411,8 @@ std::tuple<Tensor, Tensor, Tensor> csr_linear_backward(Tensor dy, Tensor x, Tens
     check_vector(op, "t_perm", t_perm, lists.nnz);
   }
   return with_compute_type(x, [&](auto zero) {
-    return gradients<decltype(zero)>(dy, x, &values, lists, t_lists, perm, {need_dx, need_dvalues, need_dbias});
+    return gradients<decltype(zero)>(dy, x, &values, lists, t_lists, perm, {need_dx, need_dvalues, need_dbias},
+                                     code_key);
   });
 }
 

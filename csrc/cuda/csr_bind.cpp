@@ -63,7 +63,9 @@ Tensor product(const char* op, const Tensor& x, const Tensor& values, const Tens
   return as(y, x.scalar_type());
 }
 
-Tensor csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias) {
+// A code key names machine code of the CPU.
+Tensor csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias,
+                  std::optional<Tensor> /* code_key */) {
   return product("csr_linear", x, values, nullptr, crow, col, bias);
 }
 
@@ -89,7 +91,8 @@ Tensor csr_sddmm(Tensor dy, Tensor x, Tensor crow, Tensor col) {
 
 std::tuple<Tensor, Tensor, Tensor> csr_linear_backward(Tensor dy, Tensor x, Tensor values, Tensor crow, Tensor col,
                                                        Tensor t_crow, Tensor t_row, Tensor t_perm, bool need_dx,
-                                                       bool need_dvalues, bool need_dbias) {
+                                                       bool need_dvalues, bool need_dbias,
+                                                       std::optional<Tensor> /* code_key */) {
   const auto none = [&] { return torch::stable::new_empty(dy, {0}); };
   const int64_t tokens[] = {0};
   return {need_dx ? csr_linear_t(dy, values, t_crow, t_row, t_perm) : none(),

@@ -2,7 +2,8 @@
 
 ``values [nnz]``, ``crow_indices int32 [out + 1]``, ``col_indices int32 [nnz]`` over the weight viewed
 as ``[out, in * kh * kw]``; the transposed index ``t_crow, t_row, t_perm`` serves the input gradient on
-the same values.
+the same values. ``code_key int64 [2]`` hashes the index of a linear layer on a CPU: the library compiles a mask
+once and finds its machine code again by that name.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ _ops = torch.ops.sparsekit
 
 class Csr(Format):
     name = "csr"
-    derived_names = ("t_crow", "t_row", "t_perm")
-    index_names = ("crow_indices", "col_indices", *derived_names)
+    derived_names = ("t_crow", "t_row", "t_perm", "code_key")
+    index_names = ("crow_indices", "col_indices", "code_key", "t_crow", "t_row", "t_perm")
 
     def index(self, mask, groups=1):
         return layout.csr(mask)
+
+    def prepare(self, index, shape):
+        if len(shape) != 2 or index["col_indices"].device.type != "cpu":
+            return {}
+        return {"code_key": layout.code_key(index["crow_indices"], index["col_indices"])}
 
     def derive(self, index, shape):
         return layout.transposed(index["crow_indices"], index["col_indices"], layout.columns(shape))
@@ -51,10 +57,10 @@ class Csr(Format):
         return "no csr convolution kernel for a GPU" if mask.dim() > 2 else _native.lacks_cuda()
 
     def linear(self, x, values, bias, index, shape):
-        return _ops.csr_linear.default(x, values, index[0], index[1], bias)
+        return _ops.csr_linear.default(x, values, index[0], index[1], bias, index[2])
 
     def linear_t(self, dy, values, index, shape):
-        return _ops.csr_linear_t.default(dy, values, *index[2:])
+        return _ops.csr_linear_t.default(dy, values, *index[3:])
 
     def sddmm(self, dy, x, index, shape):
         return _ops.csr_sddmm.default(dy, x, index[0], index[1])
@@ -62,13 +68,13 @@ class Csr(Format):
     def linear_backward(self, dy, x, values, index, shape, needs):
         if not needs[0]:
             index = _without_transpose(index)
-        return _ops.csr_linear_backward.default(dy, x, values, *index, *needs)
+        return _ops.csr_linear_backward.default(dy, x, values, *index[:2], *index[3:], *needs, index[2])
 
     def conv2d(self, x, values, bias, index, shape, conv):
         return _ops.csr_conv2d.default(x, values, index[0], index[1], bias, shape[2:], *conv)
 
     def conv2d_t(self, dy, values, index, shape, conv, size):
-        return _ops.csr_conv2d_t.default(dy, values, *index[2:], size, shape[2:], *conv)
+        return _ops.csr_conv2d_t.default(dy, values, *index[3:], size, shape[2:], *conv)
 
     def conv2d_sddmm(self, dy, x, index, shape, conv):
         return _ops.csr_conv2d_sddmm.default(dy, x, index[0], index[1], shape[2:], *conv)
@@ -76,12 +82,12 @@ class Csr(Format):
     def conv2d_backward(self, dy, x, values, index, shape, conv, needs):
         if not needs[0]:
             index = _without_transpose(index)
-        return _ops.csr_conv2d_backward.default(dy, x, values, *index, shape[2:], *conv, *needs)
+        return _ops.csr_conv2d_backward.default(dy, x, values, *index[:2], *index[3:], shape[2:], *conv, *needs)
 
 
 def _without_transpose(index):
     """The operators read the transposed index for the input gradient alone; a first layer never builds it."""
-    return (*index[:2], index[0], index[1], index[1])
+    return (*index[:3], index[0], index[1], index[1])
 
 
 FORMAT = Csr()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,14 @@ def transposed(crow_indices: Tensor, col_indices: Tensor, cols: int) -> dict[str
         "t_row": rows(crow_indices, col_indices.numel())[order].to(torch.int32),
         "t_perm": order.to(torch.int32),
     }
+
+
+def code_key(crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    """int64 ``[2]``: a hash of the index, under which machine code made for the mask is kept."""
+    digest = blake2b(digest_size=16)
+    for tensor in (crow_indices, col_indices):
+        digest.update(tensor.contiguous().numpy())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.int64)
 
 
 def rows(crow_indices: Tensor, nnz: int) -> Tensor:

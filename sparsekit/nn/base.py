@@ -57,6 +57,7 @@ class SparseModule(nn.Module):
             name = self.layer_name or type(self).__name__
             raise ValueError(f"{name}: Expected a format that runs grouped convolutions, got {fmt.name!r}")
         index = {name: tensor.to(weight.device) for name, tensor in fmt.index(mask, getattr(self, "groups", 1)).items()}
+        index |= fmt.prepare(index, self.shape)
         if old := getattr(self, "format", None):
             for name in old.index_names:
                 self._buffers.pop(name, None)

@@ -1,0 +1,60 @@
+// Machine code for one mask, the fastest way to run an unstructured product.
+//
+// The survivors are compiled into straight-line AVX-512: a block of outputs stays in registers, every packed
+// activation is loaded once per block, and each survivor is one multiply-add that broadcasts its weight from
+// memory. Only positions are compiled in, so code serves all values that a mask ever holds.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tensors.h"
+
+namespace sparsekit {
+
+class MachineCode {
+ public:
+  static constexpr int64_t kLanes = 16;      // samples per tile: one zmm register
+  static constexpr int64_t kBlockRows = 28;  // outputs in registers; four more hold activations
+
+  // "yes", or why no code is generated in this process.
+  static const std::string& available();
+
+  // The code of the product of [samples, features] with lists, generated on first use; null where other kernels are
+  // the better choice or code cannot be had. key [2] names the mask's content: code is kept under it, and the least
+  // recently used goes when all of it exceeds 64 MiB.
+  static std::shared_ptr<const MachineCode> find(const Tensor& key, bool transposed, const Lists& lists,
+                                                 int64_t features, int64_t samples);
+
+  ~MachineCode();
+  MachineCode(const MachineCode&) = delete;
+  MachineCode& operator=(const MachineCode&) = delete;
+
+  int64_t blocks() const { return blocks_; }
+  int64_t row(int64_t block) const { return std::min(rows_, block * block_rows_); }
+  // Blocks of about an equal share of the code, and so of the work.
+  Span share(int64_t parts, int64_t part) const;
+
+  // y[tile][row - row(blocks.begin)][lane] of the rows of some blocks: bias (may be null) plus the products.
+  // x points at tile 0 of packed activations [tile][feature][lane], x_stride floats per tile, y_stride likewise.
+  void run(Span blocks, int64_t tiles, const float* x, int64_t x_stride, const float* values, const float* bias,
+           float* y, int64_t y_stride) const;
+
+ private:
+  struct Piece {
+    size_t offset;  // of its code
+    int64_t first_feature;
+  };
+
+  explicit MachineCode(const Lists& lists);
+  Span extent(int64_t block, int64_t chunk) const;  // of a piece, in bytes; empty after the last chunk
+  bool describes(const Lists& lists) const;
+
+  int64_t rows_, nnz_, blocks_, block_rows_, chunks_ = 0;
+  std::vector<int32_t> outline_;  // of the mask, to notice a key that belongs to another
+  std::vector<Piece> pieces_;     // [block][chunk]
+  void* pages_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace sparsekit
