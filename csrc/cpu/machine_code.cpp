@@ -17,7 +17,7 @@ namespace {
 // When code pays, in nanoseconds as measured on Zen 4 and rounded to caution. Per tile it saves some for every
 // survivor (more in the first, as other kernels favour wide batches), which must make up for each activation loaded,
 // and then for fetching the code itself, once per call; from farther away when a training step ran in between.
-constexpr double kSaved = 0.3, kSavedFirst = 0.15, kLoad = 0.38, kFetchByte = 0.05, kTrainingFactor = 1.5;
+constexpr double kSaved = 0.3, kSavedFirst = 0.15, kLoad = 0.38, kFetchByte = 0.05, kTrainingFactor = 2.0;
 constexpr int64_t kMostCode = 4 << 20;
 constexpr size_t kCacheBytes = size_t(64) << 20;
 
