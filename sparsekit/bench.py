@@ -31,17 +31,22 @@ DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 
 @dataclass(frozen=True)
 class Case:
-    """One layer at one density: ``input`` is its input's shape, ``work`` is ``forward`` or ``step``."""
+    """One layer at one density: ``input`` is its input's shape, ``work`` is ``forward`` or ``step``.
+
+    ``block`` (outputs, inputs) are pruned together and run as ``bsr``; single weights run as ``csr``.
+    """
 
     layer: str
     input: tuple[int, ...]
     density: float
     work: str
+    block: tuple[int, int] = (1, 1)
 
     @property
     def name(self) -> str:
-        """``linear-1024x1024-b64-d0.1-forward``."""
-        return f"{self.layer}-b{self.input[0]}-d{self.density:g}-{self.work}"
+        """``linear-1024x1024-b64-d0.1-forward``, ``linear-1024x1024-b64-16x16-d0.1-forward``."""
+        block = "" if self.block == (1, 1) else f"-{self.block[0]}x{self.block[1]}"
+        return f"{self.layer}-b{self.input[0]}{block}-d{self.density:g}-{self.work}"
 
 
 @dataclass
@@ -91,6 +96,12 @@ SUITES: dict[str, tuple[Case, ...]] = {
         for density in (0.2, 0.1, 0.05)
         for work in ("forward", "step")
     ),
+    "blocks": tuple(
+        Case("linear-1024x1024", _LAYERS["linear-1024x1024"][1], density, work, block)
+        for block in ((16, 16), (16, 1), (8, 1), (8, 8))
+        for density in (0.2, 0.1, 0.05)
+        for work in ("forward", "step")
+    ),
     "overhead": tuple(Case(layer, _LAYERS[layer][1], 0.1, work) for layer in _TINY for work in ("forward", "step")),
 }
 
@@ -110,13 +121,16 @@ def set_up(case: Case, where: str = "cpu") -> Setup:
     """Build a case; raises AssertionError when the sparse output is wrong, because then no time counts."""
     generator = torch.Generator().manual_seed(0)
     dense = _LAYERS[case.layer][0]()
-    mask = torch.rand(dense.weight.shape, generator=generator) < case.density
+    out, inputs, *kernel = dense.weight.shape
+    rows, cols = case.block
+    mask = torch.rand(-(-out // rows), -(-inputs // cols), *kernel, generator=generator) < case.density
+    mask = mask.repeat_interleave(rows, 0)[:out].repeat_interleave(cols, 1)[:, :inputs]
     with torch.no_grad():
         dense.weight.mul_(mask)
     x = torch.randn(case.input, generator=generator).to(where)
     dense = dense.to(where)
     kind = SparseLinear if isinstance(dense, nn.Linear) else SparseConv2d
-    sparse = kind.from_dense(dense, mask, "csr")
+    sparse = kind.from_dense(dense, mask, "csr" if case.block == (1, 1) else "bsr")
     error = _error(sparse, dense, x)
     if not error < 1e-4:
         raise AssertionError(f"{case.name}: Expected the float64 dense result within 1e-4, got {error:.1e}; not timed")
