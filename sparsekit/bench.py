@@ -230,6 +230,7 @@ def environment(where: str = "cpu") -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "device": device.describe(where),
         "cpu": device.cpu()["model"],
+        "caches": device.cpu()["caches"],  # tells generations apart that go by one name
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sparsekit": __version__,
