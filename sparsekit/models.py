@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import nn
+
+from . import nets
 
 __all__ = ["NAMES", "RECIPES", "Recipe", "build", "output_layer", "rates", "recipe"]
 
@@ -22,7 +24,7 @@ _CONV: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]] = {
     "conv6": (((64, 64), (128, 128), (256, 256)), (256, 256)),
     "digits-conv": (((32, 64),), (128,)),
 }
-NAMES = ("lenet-300-100", "mlp:IN-…-OUT", *_CONV)
+NAMES = ("lenet-300-100", "mlp:IN-…-OUT", *_CONV, *nets.NAMES)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Recipe:
 
     ``iterations`` steps of ``batch_size`` images per round, validated every ``eval_every`` steps;
     ``rates`` maps fnmatch patterns of layers to the share of survivors removed per round, later
-    entries winning; ``source`` cites where the numbers come from.
+    entries winning, and ``scope`` says whether layers are ranked together; ``warmup`` steps rise to the
+    learning rate, ``milestones`` divide it by ten; ``source`` cites where the numbers come from.
     """
 
     optimizer: str
@@ -41,18 +44,34 @@ class Recipe:
     rates: dict[str, float]
     source: str
     eval_every: int = 100
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    warmup: int = 0
+    milestones: tuple[int, ...] = ()
+    scope: str = "layer"
 
 
 _PAPER = "Frankle & Carbin 2019, arXiv:1803.03635, figure 2"
+_DEEP = "Frankle & Carbin 2019, arXiv:1803.03635, figure 2 and section 4"
 _OURS = "sparsekit, after arXiv:1803.03635"
+_SGD = {"momentum": 0.9, "weight_decay": 1e-4, "scope": "global", "eval_every": 500}
 RECIPES: dict[str, Recipe] = {
     "lenet-300-100": Recipe("adam", 1.2e-3, 60, 50_000, {"*": 0.2, "fc3.weight": 0.1}, _PAPER),
     "conv2": Recipe("adam", 2e-4, 60, 20_000, {"*": 0.2, "conv*": 0.1, "fc3.weight": 0.1}, _PAPER),
     "conv4": Recipe("adam", 3e-4, 60, 25_000, {"*": 0.2, "conv*": 0.1, "fc3.weight": 0.1}, _PAPER),
     "conv6": Recipe("adam", 3e-4, 60, 30_000, {"*": 0.2, "conv*": 0.15, "fc3.weight": 0.1}, _PAPER),
     "digits-conv": Recipe("adam", 1.2e-3, 60, 600, {"*": 0.2, "conv*": 0.1, "fc2.weight": 0.1}, _OURS, 20),
-}
-"""The recipe of every fixed name; :func:`recipe` also knows ``mlp:…``."""
+    # The paper's "Resnet-18" is CIFAR's ResNet-20; its VGG-19 drops the rate after 80 and 120 epochs.
+    "resnet20": Recipe(
+        "sgd", 0.03, 128, 30_000, {"*": 0.2, "fc.weight": 0.0}, _DEEP,
+        warmup=20_000, milestones=(20_000, 25_000), **_SGD,
+    ),
+    "vgg19": Recipe(
+        "sgd", 0.1, 64, 112_480, {"*": 0.2, "classifier.weight": 0.0}, _DEEP,
+        warmup=10_000, milestones=(56_240, 84_360), **_SGD,
+    ),
+}  # fmt: skip
+"""The recipe of the papers' names; :func:`recipe` knows what the others borrow."""
 
 
 def build(
@@ -61,9 +80,10 @@ def build(
     """A network by name: ``x [N, *input_shape]`` to logits ``[N, classes]``.
 
     ``lenet-300-100``; ``mlp:64-1024-1024-10`` with any widths, the first being the pixels of an input and
-    the last the classes; ``conv2``, ``conv4``, ``conv6`` (VGG-like, arXiv:1803.03635) and ``digits-conv``.
-    Weights are Gaussian Glorot, biases zero. With a ``seed`` they come from a generator of their own and
-    torch's global one is left alone; without, the global one seeds them.
+    the last the classes; ``conv2``, ``conv4``, ``conv6`` (VGG-like, arXiv:1803.03635) and ``digits-conv``:
+    Gaussian Glorot weights, zero biases. Residual nets, VGGs and transformers as :func:`nets.build` says.
+    With a ``seed`` the weights come from a generator of their own and torch's global one is left alone;
+    without, the global one seeds them.
 
     Raises: ValueError on an unknown name or widths that do not fit the input or the classes.
     """
@@ -84,6 +104,9 @@ def build(
         layers = _fully_connected(widths)
     elif name in _CONV:
         layers = _convolutional(name, classes, tuple(input_shape))
+    elif name in nets.NAMES:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return nets.build(name, classes, tuple(input_shape), generator)
     else:
         raise ValueError(f"Expected a model of {', '.join(NAMES)}, got {name!r}")
     model = nn.Sequential(layers)
@@ -105,9 +128,13 @@ def output_layer(model: nn.Module) -> str:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of a model name; every ``mlp:…`` is pruned and trained as LeNet-300-100 is."""
+    """The recipe of a model name; an ``mlp:…`` borrows LeNet-300-100's, other nets ResNet-20's or VGG-19's."""
     if name in RECIPES:
         return RECIPES[name]
+    if name in nets.NAMES:
+        lender = "vgg19" if name.startswith("vgg") else "resnet20"
+        head = "head.weight" if name.startswith("vit") else list(RECIPES[lender].rates)[-1]
+        return replace(RECIPES[lender], rates={"*": 0.2, head: 0.0}, source=_OURS)
     depth = len(_widths(name)) - 1
     lenet = RECIPES["lenet-300-100"]
     share = {"*": 0.2, f"fc{depth}.weight": 0.1}
@@ -117,8 +144,9 @@ def recipe(name: str) -> Recipe:
 def rates(model: str | nn.Module, rate: float | None = None) -> dict[str, float]:
     """Pruning rates per layer as ``{fnmatch pattern: share of survivors}``, later entries winning.
 
-    With a ``rate``, that rate and half of it for the output layer; without, those of the model's recipe
-    (a module that has no name gets 0.2). ``model`` is a name that :func:`build` knows, or a module.
+    With a ``rate``, that rate and half of it for the output layer (none where the recipe spares it);
+    without, those of the model's recipe (a module that has no name gets 0.2). ``model`` is a name that
+    :func:`build` knows, or a module.
     """
     if isinstance(model, str):
         own = dict(recipe(model).rates)
@@ -126,7 +154,7 @@ def rates(model: str | nn.Module, rate: float | None = None) -> dict[str, float]
     else:
         output = output_layer(model)
         own = {"*": 0.2, output: 0.1}
-    return own if rate is None else {"*": rate, output: rate / 2}
+    return own if rate is None else {"*": rate, output: rate / 2 if own[output] else 0.0}
 
 
 def _widths(name: str) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ FLOORS = [
     {"plan"},
     {"ops", "autograd", "functional"},
     {"nn"},
-    {"data", "models", "words", "figures", "report"},
+    {"data", "nets", "models", "words", "figures", "report"},
     {"ticket"},
     {"export"},
     {"bench", "info"},
