@@ -21,7 +21,8 @@ from sparsekit import ops, format as formats
 from sparsekit.format import Conv
 from sparsekit.kernels import tuning
 
-ops.register_triton()
+if not torch.version.cuda:  # else done at import
+    ops.register_triton()
 torch.cuda.get_device_capability = lambda device=None: (9, 0)  # a Hopper that this machine need not have
 torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=132)
 triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))

@@ -12,10 +12,16 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 __all__ = [
-    "activate", "aligned", "bucket", "capability", "input_precision", "load", "processors", "sum_splits", "unit",
+    "activate", "aligned", "bucket", "capability", "input_precision", "load", "processors", "sum_splits", "traceable",
+    "unit",
 ]  # fmt: skip
 
 _BLOCK = 1024  # elements that one program of the sum adds
+
+
+def traceable(kernel):
+    """A kernel that torch.compile sees when it is launched; one of Triton's interpreter stays as it is."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel  # torch 2.11 refuses the latter
 
 
 @triton.jit
@@ -77,7 +83,7 @@ def sum_splits(partials: Tensor, dtype: torch.dtype, bias: Tensor | None = None,
     shape = partials.shape[1:]
     result = torch.empty(shape, dtype=dtype, device=partials.device)
     total, width = result.numel(), shape[-1]
-    wrap_triton(_sum)[((total + _BLOCK - 1) // _BLOCK,)](
+    traceable(_sum)[((total + _BLOCK - 1) // _BLOCK,)](
         partials, result, partials if bias is None else bias, total, width,
         SPLIT=partials.shape[0], HAS_BIAS=bias is not None, ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip

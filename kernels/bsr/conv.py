@@ -17,12 +17,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch.library import wrap_triton
 
 from .. import tuning
 from . import conv_kernels as kernels
 from . import linear
-from .common import bucket, capability, input_precision, sum_splits
+from .common import bucket, capability, input_precision, sum_splits, traceable
 
 _FILL = 256  # programs under which smaller tiles serve a GPU of some hundred multiprocessors better
 _TABLE = 256  # pixels that one program of the table's kernel fills; every BP divides it
@@ -57,7 +56,7 @@ def conv2d(
         image, (top, left) = x, padding
         if (config["padded"] or _many(kernel_size)) and (top or left):
             image, top, left = _nhwc(F.pad(x, (left, left, top, top))), 0, 0
-        wrap_triton(kernels.forward)[(rows * _cdiv(pixels, config["BM"]),)](
+        traceable(kernels.forward)[(rows * _cdiv(pixels, config["BM"]),)](
             image, values, crow_indices, col_indices, row_order, x if bias is None else bias, y,
             rows, pixels, image.shape[2], image.shape[3], oh, ow, top, left,
             channels, channels // groups, out_channels, out_channels // groups, r, c, *window,
@@ -106,7 +105,7 @@ def conv2d_t(
         if (config["padded"] or _many(kernel_size)) and reaches:
             image, masked, top, left = _nhwc(F.pad(dy, (*horizontal, *vertical))), False, vertical[0], horizontal[0]
         tiles = _cdiv(alike, config["BM"])
-        wrap_triton(kernels.backward)[(columns * tiles * classes,)](
+        traceable(kernels.backward)[(columns * tiles * classes,)](
             image, values, t_crow, t_row, t_perm, t_order, dx,
             columns, tiles, n, h, w, image.shape[2], image.shape[3], *padding, top, left,
             in_channels, in_channels // groups, channels, channels // groups, r, c, *window,
@@ -142,7 +141,7 @@ def conv2d_sddmm(
     length = (_cdiv(pixels, _TABLE) + 1) * _TABLE  # kernels read one step ahead
     base = torch.empty(length, dtype=torch.int32, device=x.device)
     bits = torch.empty(length, dtype=torch.int64 if math.prod(kernel_size) > 32 else torch.int32, device=x.device)
-    wrap_triton(kernels.pixel_table)[(length // _TABLE,)](
+    traceable(kernels.pixel_table)[(length // _TABLE,)](
         base, bits, pixels, h, w, oh, ow, top, left, *window, masked, _TABLE
     )
 
@@ -152,7 +151,7 @@ def conv2d_sddmm(
         span = _cdiv(_cdiv(pixels, splits), config["BP"]) * config["BP"]
         dtype = torch.float32 if splits > 1 else x.dtype
         out = torch.empty((splits, nnzb, r, c), dtype=dtype, device=x.device)
-        wrap_triton(kernels.weight)[(parts * splits,)](
+        traceable(kernels.weight)[(parts * splits,)](
             dy, x, crow_indices, col_indices, runs, base, bits, out,
             parts, pixels, span, nnzb, w, channels, channels // groups, outs, outs // groups, r, c,
             kernel_size[1], *dilation, config["J"], config["BP"], masked, multiply,

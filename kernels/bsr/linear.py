@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .. import reference, tuning
 from . import common
@@ -358,7 +357,7 @@ def _run_product(name, x, values, index, bias, outs, activation, config):
         split = config["SPLIT"]
         shape, dtype = ((tokens, outs), x.dtype) if split == 1 else ((split, tokens, outs), torch.float32)
         y = torch.empty(shape, dtype=dtype, device=x.device)
-        wrap_triton(_product)[(rows * ((tokens + config["BM"] - 1) // config["BM"]), split)](
+        common.traceable(_product)[(rows * ((tokens + config["BM"] - 1) // config["BM"]), split)](
             x, values, x if bias is None else bias.contiguous(), y,
             starts, partner, partner if perm is None else perm, order,
             tokens, rows, width // constants["X_UNIT"], outs // constants["Y_UNIT"], **constants, **config,
@@ -392,7 +391,7 @@ def sddmm(
         split = config["SPLIT"]
         shape, dtype = ((nnzb, r, c), x.dtype) if split == 1 else ((split, nnzb, r, c), torch.float32)
         dvalues = torch.empty(shape, dtype=dtype, device=x.device)
-        wrap_triton(_sddmm)[(runs.shape[0] * (constants["G"] // config["J"]), split)](
+        common.traceable(_sddmm)[(runs.shape[0] * (constants["G"] // config["J"]), split)](
             dy, x, crow_indices, col_indices, runs, dvalues, tokens, outs, ins, nnzb,
             dy.shape[1] // constants["DY_UNIT"], x.shape[1] // constants["X_UNIT"], **constants, **config,
         )  # fmt: skip

@@ -106,7 +106,8 @@ def _spread(y: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor, out:
         full = y.new_zeros(y.shape[0], out, *y.shape[2:])
     else:
         full = bias.view(1, -1, *[1] * (y.dim() - 2)).expand(y.shape[0], out, *y.shape[2:]).clone()
-    return full.index_copy_(1, rows, y)
+    # torch 2.11 loses the gradient of a compiled function's output that was written in place
+    return full.index_copy(1, rows, y) if torch.compiler.is_compiling() else full.index_copy_(1, rows, y)
 
 
 def _ascends(live: torch.Tensor, extent: int) -> bool:
