@@ -1,6 +1,7 @@
 // Schemas and registration. The strings come from sparsekit/schemas.py, through the build.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/bsr_conv2d.h"
 #include "cpu/bsr_linear.h"
 #include "cpu/csr_conv2d.h"
 #include "cpu/csr_linear.h"
@@ -47,4 +48,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
   m.impl("bsr_linear_t", TORCH_BOX(&sparsekit::bsr_linear_t));
   m.impl("bsr_sddmm", TORCH_BOX(&sparsekit::bsr_sddmm));
   m.impl("bsr_linear_backward", TORCH_BOX(&sparsekit::bsr_linear_backward));
+  m.impl("bsr_conv2d", TORCH_BOX(&sparsekit::bsr_conv2d));
+  m.impl("bsr_conv2d_t", TORCH_BOX(&sparsekit::bsr_conv2d_t));
+  m.impl("bsr_conv2d_sddmm", TORCH_BOX(&sparsekit::bsr_conv2d_sddmm));
+  m.impl("bsr_conv2d_backward", TORCH_BOX(&sparsekit::bsr_conv2d_backward));
 }

@@ -167,7 +167,8 @@ def _blocks_linear_backward(
 
 
 def _image(like, *size):
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    image_format = blocks_reference.image_format(like)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=image_format)
 
 
 def _blocks_conv2d(

@@ -24,7 +24,7 @@ Vocabulary
     tap``, ``t_row int32 [blocks]`` = ``tap * rows + block row within the group``, ``t_perm int32 [blocks]``
     which block, ``t_order int32 [groups * cols]`` input blocks, longest first. Entries of ``values`` outside
     the weight are 0, and so is their gradient. ``activation``: none, relu, gelu (exact), silu.
-    Convolutions return channels_last tensors.
+    Their convolutions return channels_last tensors on a GPU, elsewhere tensors in the format of x or dy.
     ``bitmap_linear``: ``values [nnz]`` tile row by tile row of 8 x 8 tiles, tile by tile, row by row of a tile;
     ``bitmap int64 [tile rows, tile columns]``, bit ``8 r + c`` set where row r, column c of the tile survives;
     ``offsets int32 [tile rows * runs + 1]`` where each run of 16 tiles starts in ``values``.

@@ -93,8 +93,11 @@ struct Direction {
   }
   Matrix operand(const Matrix& x) const { return paired ? as_pairs(x) : x; }
   BsrProduct<T> product(const T* panel, int64_t width) const {
-    return {panel,  features, width,   lists.index, which, values,  block, rows,
-            row_step, depth,  k_step,  nullptr,     nullptr, 0,     nullptr, nullptr};
+    BsrProduct<T> p{};
+    p.panel = panel, p.features = features, p.width = p.x_stride = p.y_stride = width, p.index_step = depth * width;
+    p.index = lists.index, p.which = which, p.values = values, p.block = block;
+    p.rows = rows, p.row_step = row_step, p.depth = depth, p.k_step = k_step;
+    return p;
   }
   int64_t weights() const { return lists.nnz * block; }
   // Lists whose outputs fill whole cache lines.
@@ -315,8 +318,8 @@ struct BlockedSddmm {
             const int64_t sample = i * x.lines * kLanes<T>;
             const int64_t samples = std::min(x.width_of(i), x.samples - sample);
             const auto& k = dy.paired ? kernels<T>().pairs : kernels<T>().numbers;
-            k.sddmm({x.panel(i), x.width_of(i), samples, dy.at(x.first + sample, row), dy.rows.sample_stride, there,
-                     index, inputs, i > 0, sums}, int(lanes));
+            k.sddmm({x.panel(i), x.width_of(i), x.width_of(i), samples, dy.at(x.first + sample, row),
+                     dy.rows.sample_stride, 1, there, index, inputs, i > 0, sums}, int(lanes));
           }
           clear_absent(b, count, lanes, there, sums);
           store(sums, lanes, count, to + r * block.cols);

@@ -35,7 +35,7 @@ void block_tile(const BsrProduct<T>& a, int64_t list, int64_t row, const T* pane
   using S = Simd<T>;
   using V = typename S::V;
   constexpr int C = kSums<Rows * NV>;
-  const int64_t row_step = a.row_step, k_step = a.k_step, width = a.width;
+  const int64_t row_step = a.row_step, k_step = a.k_step, x_stride = a.x_stride;
   V sum[C][Rows][NV];
   SK_UNROLL for (int r = 0; r < Rows; ++r) {
     const V start = S::splat(a.bias ? a.bias[list * a.rows + row + r] : T(0));
@@ -52,13 +52,13 @@ void block_tile(const BsrProduct<T>& a, int64_t list, int64_t row, const T* pane
     const int32_t ahead = b + kAhead < end ? b + kAhead : end - 1;
     const T* w = values + int64_t(a.which ? a.which[b] : b) * a.block;
     if constexpr (Single) {
-      const T* next = panel + a.index[ahead] * width;
+      const T* next = panel + a.index[ahead] * a.index_step;
       SK_UNROLL for (int n = 0; n < NV; n += S::per_line) __builtin_prefetch(next + n * S::width);
-      add_feature<A, Rows, NV>(sum[0], w, row_step, panel + a.index[b] * width);
+      add_feature<A, Rows, NV>(sum[0], w, row_step, panel + a.index[b] * a.index_step);
     } else {
-      const int64_t first = int64_t(a.index[b]) * a.depth, rest = a.features - first;
+      const int64_t rest = a.depths ? a.depths[b] : a.features - int64_t(a.index[b]) * a.depth;
       const int64_t depth = rest < a.depth ? rest : a.depth;
-      const T* x = panel + first * width;
+      const T* x = panel + a.index[b] * a.index_step;
       const T* next = values + int64_t(a.which ? a.which[ahead] : ahead) * a.block;
       if (k_step == 1)
         SK_UNROLL for (int r = 0; r < Rows; ++r) __builtin_prefetch(next + r * row_step);
@@ -67,17 +67,17 @@ void block_tile(const BsrProduct<T>& a, int64_t list, int64_t row, const T* pane
       int64_t k = 0;
       for (; k + C <= depth; k += C) {
         SK_UNROLL for (int c = 0; c < C; ++c)
-          add_feature<A, Rows, NV>(sum[c], w + (k + c) * k_step, row_step, x + (k + c) * width);
+          add_feature<A, Rows, NV>(sum[c], w + (k + c) * k_step, row_step, x + (k + c) * x_stride);
       }
       if constexpr (C > 1)
-        for (; k < depth; ++k) add_feature<A, Rows, NV>(sum[0], w + k * k_step, row_step, x + k * width);
+        for (; k < depth; ++k) add_feature<A, Rows, NV>(sum[0], w + k * k_step, row_step, x + k * x_stride);
     }
   }
   SK_UNROLL for (int r = 0; r < Rows; ++r) {
     SK_UNROLL for (int n = 0; n < NV; ++n) {
       SK_UNROLL for (int half = C / 2; half > 0; half /= 2)
         SK_UNROLL for (int c = 0; c < half; ++c) sum[c][r][n] += sum[c + half][r][n];
-      S::store(y + r * width + n * S::width, sum[0][r][n]);
+      S::store(y + r * a.y_stride + n * S::width, sum[0][r][n]);
     }
   }
 }
@@ -86,7 +86,7 @@ template <class A, int Rows, int NV, bool Single>
 void block_lists(const BsrProduct<typename A::T>& a, int64_t vector) {
   for (int64_t list = 0; list < a.lists; ++list) {
     for (int64_t row = 0; row < a.rows; row += Rows)
-      block_tile<A, Rows, NV, Single>(a, list, row, a.panel + vector, a.y + (list * a.rows + row) * a.width + vector);
+      block_tile<A, Rows, NV, Single>(a, list, row, a.panel + vector, a.y + (list * a.rows + row) * a.y_stride + vector);
   }
 }
 

@@ -72,7 +72,7 @@ void sddmm_vectors(const BsrSddmm<T>& a, const T* dy, const T* panel, bool accum
   SK_UNROLL for (int n = 0; n < NV; ++n) v[n] = S::load(dy + n * S::width);
   for (int64_t j = 0; j < a.inputs; j += M) {
     const T* x[M];
-    SK_UNROLL for (int m = 0; m < M; ++m) x[m] = panel + int64_t(a.index[j + m]) * a.width;
+    SK_UNROLL for (int m = 0; m < M; ++m) x[m] = panel + a.index[j + m] * a.index_step;
     V sum[M] = {};
     SK_UNROLL for (int n = 0; n < NV; ++n)
       SK_UNROLL for (int m = 0; m < M; ++m) sum[m] = A::add(sum[m], v[n], broadcast<A, G>(x[m] + n * G));
@@ -86,16 +86,41 @@ void sddmm_vectors(const BsrSddmm<T>& a, const T* dy, const T* panel, bool accum
   }
 }
 
+// The same for dy whose samples lie side by side.
+template <class T, int G>
+void arrange_planes(const BsrSddmm<T>& a, T* to) {
+  using S = Simd<T>;
+  constexpr int rows = S::width / G;
+  for (int64_t t = 0; t < a.width; t += S::width, to += S::width * rows) {
+    if constexpr (G == 1) {
+      typename S::V v[S::width];
+      SK_UNROLL for (int r = 0; r < S::width; ++r)
+        v[r] = r < a.rows ? S::load(a.dy + r * a.row_stride + t) : typename S::V{};
+      transpose<T>(v);
+      SK_UNROLL for (int r = 0; r < S::width; ++r) S::store(to + r * S::width, v[r]);
+    } else {
+      SK_UNROLL for (int r = 0; r < rows; ++r) {
+        const T* from = a.dy + r * a.row_stride + t;
+        for (int i = 0; i < rows; ++i) {
+          if (r < a.rows) __builtin_memcpy(to + i * S::width + r * G, from + i * G, G * sizeof(T));
+          else __builtin_memset(to + i * S::width + r * G, 0, G * sizeof(T));
+        }
+      }
+    }
+  }
+}
+
 // dy of all samples of the panel, a vector for every G of them; absent rows and samples are 0.
 template <class T, int G>
 void arrange(const BsrSddmm<T>& a, T* to) {
   using S = Simd<T>;
   using Lanes = typename MakeSeq<S::width>::type;
   constexpr int rows = S::width / G;
+  if (a.row_stride != 1) return arrange_planes<T, G>(a, to);
   for (int64_t t = 0; t < a.width; t += G, to += S::width) {
     alignas(64) T part[S::width] = {};
     for (int64_t i = 0; i < G && t + i < a.samples; ++i) {
-      const T* from = a.dy + (t + i) * a.dy_stride;
+      const T* from = a.dy + (t + i) * a.sample_stride;
       if (a.rows == rows) __builtin_memcpy(part + i * rows, from, rows * sizeof(T));
       else for (int64_t r = 0; r < a.rows; ++r) part[i * rows + r] = from[r];
     }

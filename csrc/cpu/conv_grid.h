@@ -126,10 +126,25 @@ struct Grid {
 
   void fill_flat(const Sheet& from, int64_t group, int64_t first, Span channels_span, const Window& w) const {
     const int64_t y = map.row(w.a.begin, w.phase), x = map.column(w.b.begin, w.phase);
+    if (from.channels_last() && channels_span.end - channels_span.begin >= 4)
+      return fill_flat_channels_last(from, group, first, channels_span, w);
     for (int64_t c = channels_span.begin; c < channels_span.end; ++c)
       kernels<T>().load[from.storage]({at(group, c, w.phase, w.a.begin * pitch + w.b.begin), pitch,
                                        from.at(first, c, y, x), from.stride_h * map.sh, from.stride_w * map.sw,
                                        w.a.end - w.a.begin, w.b.end - w.b.begin});
+  }
+
+  // Transposes channels by positions. A vector's unused lanes are written as zeros past the end of a row: into the
+  // margin and, before it is filled, the next row.
+  void fill_flat_channels_last(const Sheet& from, int64_t group, int64_t first, Span channels_span,
+                               const Window& w) const {
+    const int64_t c = channels_span.begin, count = channels_span.end - c;
+    for (int64_t a = w.a.begin; a < w.a.end; ++a)
+      for (int64_t b = w.b.begin; b < w.b.end; b += kLanes<T>)
+        kernels<T>().pack[from.storage](
+            {at(group, c, w.phase, a * pitch + b), channel_size(),
+             from.at(first, c, map.row(a, w.phase), map.column(b, w.phase)), from.stride_w * map.sw, 1,
+             std::min<int64_t>(kLanes<T>, w.b.end - b), count});
   }
 
   void fill_planes(const Sheet& from, int64_t group, int64_t first, int64_t count, Span channels_span,
@@ -171,33 +186,59 @@ struct Target {
   Mapping map;
   int64_t lanes;
 
-  // Stores positions (a, b) in a x [0, width) of rows [rows). Row r starts at from + (r - rows.begin) * stride;
-  // there, one row of positions is `pitch` positions.
-  void store(const T* from, int64_t stride, Span rows, int64_t first, int64_t count, Span a, int64_t width,
-             int64_t pitch) const {
+  // A piece of a product: positions (a, b) in a x [0, width), where one row of positions is `pitch` positions.
+  struct Piece {
+    Span a;
+    int64_t width, pitch;
+    int64_t first, count;  // samples
+  };
+
+  // Stores rows [rows) of a product; row r starts at from + (r - rows.begin) * stride.
+  void store(const T* from, int64_t stride, Span rows, const Piece& piece) const {
     const int64_t phases = map.sh * map.sw;
     for (int64_t phase = 0; phase < phases; ++phase) {
-      const Span ya = map.rows(phase, sheet.h, a.begin, a.end), xb = map.columns(phase, sheet.w, 0, width);
-      if (ya.begin == ya.end || xb.begin == xb.end) continue;
-      const int64_t y = map.row(ya.begin, phase), x = map.column(xb.begin, phase);
-      const int64_t row_stride = sheet.stride_h * map.sh, step = sheet.stride_w * map.sw;
-      int64_t height = ya.end - ya.begin, length = xb.end - xb.begin;
-      if (length == pitch && row_stride == length * step) length *= height, height = 1;  // one long run
-      for (int64_t c = ceil_div(rows.begin - phase, phases); c * phases + phase < rows.end; ++c) {
-        const T* source = from + (c * phases + phase - rows.begin) * stride +
-                          ((ya.begin - a.begin) * pitch + xb.begin) * lanes;
-        T* packed = const_cast<T*>(source);
-        if (lanes == 1) {
-          kernels<T>().store[sheet.storage](
-              {packed, pitch, sheet.at(first, c, y, x), row_stride, step, height, length});
-        } else {
-          for (int64_t i = 0; i < height; ++i)
-            kernels<T>().unpack[sheet.storage]({packed + i * pitch * lanes, lanes,
-                                                sheet.at(first, c, y + i * map.sh, x), sheet.stride_n, step, count,
-                                                length});
-        }
-      }
+      const Span channels{ceil_div(rows.begin - phase, phases), ceil_div(rows.end - phase, phases)};
+      store_phase(from + (channels.begin * phases + phase - rows.begin) * stride, stride * phases, channels, phase,
+                  piece);
     }
+  }
+
+  // The same for channels of one phase, row after row.
+  void store_phase(const T* from, int64_t stride, Span channels, int64_t phase, const Piece& piece) const {
+    const Span ya = map.rows(phase, sheet.h, piece.a.begin, piece.a.end), xb = map.columns(phase, sheet.w, 0, piece.width);
+    if (channels.begin >= channels.end || ya.begin == ya.end || xb.begin == xb.end) return;
+    const int64_t y = map.row(ya.begin, phase), x = map.column(xb.begin, phase);
+    const int64_t row_stride = sheet.stride_h * map.sh, step = sheet.stride_w * map.sw;
+    int64_t height = ya.end - ya.begin, length = xb.end - xb.begin;
+    from += ((ya.begin - piece.a.begin) * piece.pitch + xb.begin) * lanes;
+    if (sheet.channels_last()) return store_channels_last(from, stride, channels, y, x, height, length, piece);
+    if (length == piece.pitch && row_stride == length * step) length *= height, height = 1;  // one long run
+    for (int64_t c = channels.begin; c < channels.end; ++c, from += stride) {
+      T* packed = const_cast<T*>(from);
+      if (lanes == 1) {
+        kernels<T>().store[sheet.storage](
+            {packed, piece.pitch, sheet.at(piece.first, c, y, x), row_stride, step, height, length});
+        continue;
+      }
+      for (int64_t i = 0; i < height; ++i)
+        kernels<T>().unpack[sheet.storage]({packed + i * piece.pitch * lanes, lanes,
+                                            sheet.at(piece.first, c, y + i * map.sh, x), sheet.stride_n, step,
+                                            piece.count, length});
+    }
+  }
+
+ private:
+  // Channels lie side by side in the tensor: what is transposed is channels by samples, or channels by positions.
+  void store_channels_last(const T* from, int64_t stride, Span channels, int64_t y, int64_t x, int64_t height,
+                           int64_t length, const Piece& piece) const {
+    const auto& unpack = kernels<T>().unpack[sheet.storage];
+    const int64_t count = channels.end - channels.begin, step = lanes == 1 ? kLanes<T> : 1;
+    for (int64_t i = 0; i < height; ++i)
+      for (int64_t j = 0; j < length; j += step)
+        unpack({const_cast<T*>(from) + (i * piece.pitch + j) * lanes, stride,
+                sheet.at(piece.first, channels.begin, y + i * map.sh, x + j * map.sw),
+                lanes == 1 ? sheet.stride_w * map.sw : sheet.stride_n, 1,
+                lanes == 1 ? std::min(step, length - j) : piece.count, count});
   }
 };
 

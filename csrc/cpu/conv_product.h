@@ -64,6 +64,13 @@ struct Strips {
     return std::min<int64_t>(kernels<T>().max_lines, lanes > 1 ? width : strip_lines());
   }
 
+  // f(a, line of the strip's result, lines) for runs that start at position (a, 0), of any length.
+  template <class F>
+  void each_row(int64_t strip, const F& f) const {
+    const Span a = rows_of(strip);
+    if (lanes == 1) return f(a.begin, int64_t(0), run_lines(a.end - a.begin));
+    for (int64_t row = a.begin; row < a.end; ++row) f(row, (row - a.begin) * width, width);
+  }
   // f(a, b, line of the strip's result, lines) for runs that start at position (a, b) and fit the registers.
   template <class F>
   void each(int64_t strip, const F& f) const {
@@ -128,7 +135,7 @@ struct BlockProduct {
           p.accumulate = true;
         }
       });
-      target.store(tile, stride, rows, sample, samples, strips.rows_of(strip), strips.width, strips.result_pitch());
+      target.store(tile, stride, rows, {strips.rows_of(strip), strips.width, strips.result_pitch(), sample, samples});
     }
   }
 };

@@ -1,59 +1,11 @@
 #include "csr_conv2d.h"
 
+#include "conv_checks.h"
+#include "conv_layout.h"
 #include "conv_product.h"
 
 namespace sparsekit {
 namespace {
-
-template <class T>
-void fill_grid(const Grid<T>& grid, const Sheet& from, const Batch& batch, int64_t first, int64_t groups) {
-  const int64_t parts = parts_for(0.15 * double(groups * grid.size()));
-  for_parts(parts, [&](int64_t part) {
-    const Span channels = cut(grid.channels, parts, part, from.channels_last() ? kLanes<T> : 1);
-    for (int64_t g = 0; g < groups; ++g)
-      grid.fill(from, g, first + g * grid.lanes, batch.count(first, g), channels);
-  });
-}
-
-// How x is laid out for forward and sddmm, dy for the transpose and sddmm.
-template <class T>
-struct Layout {
-  Batch batch;
-  Grid<T> x, dy;
-  int64_t top, left;              // zero rows and columns before dy
-  int64_t first_a, first_b;       // the first position of the padded input that is a real input
-  int64_t height_t, width_t;      // positions the transpose computes
-
-  explicit Layout(const Conv& c) : Layout(c, Batch::of<T>(c)) {}
-
-  int64_t corner() const { return (first_a + top) * dy.pitch + first_b + left; }
-
- private:
-  static int64_t before(int64_t reach, int64_t first) { return std::max<int64_t>(0, reach - first); }
-  static int64_t after(int64_t last, int64_t size) { return std::max<int64_t>(0, last - (size - 1)); }
-
-  Layout(const Conv& c, Batch b)
-      : batch(b),
-        x({c.sh, c.sw, c.ph, c.pw}, c.in, c.oh + c.reach_h(), pitch(c, b.lanes, c.ow + c.reach_w()), b.lanes),
-        dy({1, 1, before(c.reach_h(), c.ph / c.sh), before(c.reach_w(), c.pw / c.sw)}, c.out,
-           before(c.reach_h(), c.ph / c.sh) + c.oh + after((c.ph + c.h - 1) / c.sh, c.oh),
-           pitch(c, b.lanes, dy_width(c)), b.lanes),
-        top(dy.map.oy), left(dy.map.ox),
-        first_a(c.ph / c.sh), first_b(c.pw / c.sw),
-        height_t((c.ph + c.h - 1) / c.sh - first_a + 1),
-        width_t((c.pw + c.w - 1) / c.sw - first_b + 1) {
-    STD_TORCH_CHECK(std::max(x.size(), dy.size()) < (int64_t(1) << 31),
-                    "sparsekit: an activation this large needs offsets beyond 32 bits; split the batch or the image");
-  }
-
-  static int64_t dy_width(const Conv& c) {
-    return before(c.reach_w(), c.pw / c.sw) + c.ow + after((c.pw + c.w - 1) / c.sw, c.ow);
-  }
-  // Flat runs walk x and dy together, so both need the same pitch.
-  static int64_t pitch(const Conv& c, int64_t lanes, int64_t wanted) {
-    return lanes > 1 ? wanted : std::max(dy_width(c), c.ow + c.reach_w());
-  }
-};
 
 template <class T>
 Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, const Lists& lists, const T* bias) {
@@ -96,32 +48,14 @@ void sddmm_span(const Layout<T>& layout, const OffsetTable<T>& table, const Stri
     });
 }
 
-// One element of the weight gradient, straight from the definition.
-template <class T>
-T exact_gradient(const Conv& c, const Sheet& dy, const Sheet& x, int64_t out, int64_t k) {
-  const int64_t channel = out / c.out_per_group() * c.in_per_group() + k / c.taps();
-  const int64_t r = k % c.taps() / c.kw, s = k % c.kw;
-  T total = 0;
-  for (int64_t n = 0; n < c.n; ++n)
-    for (int64_t a = 0; a < c.oh; ++a)
-      for (int64_t b = 0; b < c.ow; ++b) {
-        const int64_t i = a * c.sh + r * c.dh - c.ph, j = b * c.sw + s * c.dw - c.pw;
-        if (i < 0 || i >= c.h || j < 0 || j >= c.w) continue;
-        T left, right;
-        kernels<T>().load[dy.storage]({&left, 0, dy.at(n, out, a, b), 0, 1, 1, 1});
-        kernels<T>().load[x.storage]({&right, 0, x.at(n, channel, i, j), 0, 1, 1, 1});
-        total += left * right;
-      }
-  return total;
-}
-
 // Flat runs multiply the zeros between rows of dy by whatever x holds there. That is harmless unless x holds
 // an infinity or a NaN, which would then spoil survivors that never see it: recompute what came out NaN.
 template <class T>
 void repair(const Conv& c, const Sheet& dy, const Sheet& x, const Lists& lists, T* dvalues) {
   for (int64_t r = 0; r < lists.rows; ++r)
     for (int32_t p = lists.crow[r]; p < lists.crow[r + 1]; ++p)
-      if (dvalues[p] != dvalues[p]) dvalues[p] = exact_gradient<T>(c, dy, x, r, lists.index[p]);
+      if (dvalues[p] != dvalues[p])
+        dvalues[p] = exact_gradient<T>(c, dy, x, r, lists.index[p] / c.taps(), lists.index[p] % c.taps());
 }
 
 struct Needs {
@@ -191,40 +125,6 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Conv& c, const Tensor& dy_ten
   return {dx, dvalues, dbias};
 }
 
-// ---- argument checks --------------------------------------------------------------------------------
-
-Conv geometry(const char* op, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
-              int64_t groups) {
-  const auto pair = [&](const char* name, const Ints& v, int64_t least) {
-    STD_TORCH_CHECK(v.size() == 2 && v[0] >= least && v[1] >= least, op, ": Expected ", name,
-                    " to be two integers of at least ", least);
-  };
-  pair("kernel_size", kernel, 1);
-  pair("stride", stride, 1);
-  pair("padding", padding, 0);
-  pair("dilation", dilation, 1);
-  STD_TORCH_CHECK(groups >= 1, op, ": Expected groups of at least 1, got ", groups);
-  Conv c{};
-  c.kh = kernel[0], c.kw = kernel[1], c.sh = stride[0], c.sw = stride[1], c.ph = padding[0], c.pw = padding[1];
-  c.dh = dilation[0], c.dw = dilation[1], c.groups = groups;
-  return c;
-}
-
-void set_channels(const char* op, Conv& c, int64_t in, int64_t out) {
-  STD_TORCH_CHECK(in % c.groups == 0 && out % c.groups == 0, op, ": Expected ", in, " input and ", out,
-                  " output channels to be divisible by groups = ", c.groups);
-  c.in = in, c.out = out;
-}
-
-void set_input(const char* op, Conv& c, int64_t n, int64_t h, int64_t w) {
-  c.n = n, c.h = h, c.w = w;
-  const int64_t span_h = h + 2 * c.ph - c.dh * (c.kh - 1) - 1, span_w = w + 2 * c.pw - c.dw * (c.kw - 1) - 1;
-  STD_TORCH_CHECK(h > 0 && w > 0 && span_h >= 0 && span_w >= 0, op,
-                  ": Expected an input at least as large as the kernel, got ", h, "x", w, " padded by ", c.ph,
-                  "x", c.pw, " for a kernel of ", c.kh, "x", c.kw, " dilated by ", c.dh, "x", c.dw);
-  c.oh = span_h / c.sh + 1, c.ow = span_w / c.sw + 1;
-}
-
 void check_reach(const char* op, const Conv& c, const Lists& lists) {
   const int64_t largest = largest_index(lists), columns = c.in_per_group() * c.taps();
   STD_TORCH_CHECK(largest < columns, op, ": Expected x of more channels: the weight uses column ", largest,
@@ -237,12 +137,6 @@ void check_input(const char* op, Conv& c, const Tensor& x, const Lists& lists) {
   set_channels(op, c, x.size(1), lists.rows);
   set_input(op, c, x.size(0), x.size(2), x.size(3));
   check_reach(op, c, lists);
-}
-
-void check_output(const char* op, const Conv& c, const Tensor& dy) {
-  check_float(op, "dy", dy);
-  STD_TORCH_CHECK(dy.dim() == 4 && dy.size(0) == c.n && dy.size(1) == c.out && dy.size(2) == c.oh && dy.size(3) == c.ow,
-                  op, ": Expected dy of shape [", c.n, ", ", c.out, ", ", c.oh, ", ", c.ow, "], got ", shape_of(dy));
 }
 
 const int32_t* check_transpose(const char* op, const Conv& c, const Lists& t_lists, const Tensor& t_perm,

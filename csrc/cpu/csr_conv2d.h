@@ -6,8 +6,6 @@
 
 namespace sparsekit {
 
-using Ints = std::vector<int64_t>;
-
 Tensor csr_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias, Ints kernel_size,
                   Ints stride, Ints padding, Ints dilation, int64_t groups);
 Tensor csr_conv2d_t(Tensor dy, Tensor values, Tensor t_crow, Tensor t_row, Tensor t_perm, Ints input_size,

@@ -70,14 +70,16 @@ struct Rows {
 };
 
 // Lists of blocks times packed activations: per list `rows` outputs, per block `depth` input features.
-// y[list * rows + r] = bias + sum over b in [begin[list], end[list]), k < depth of
-//     values[which[b] * block + r * row_step + k * k_step] * panel[index[b] * depth + k]
-// where a feature of the panel, like an output of y, is `width` samples side by side.
+// y[(list * rows + r) * y_stride + n] = bias + sum over b in [begin[list], end[list]), k < depth of
+//     values[which[b] * block + r * row_step + k * k_step] * panel[index[b] * index_step + k * x_stride + n]
+// for `width` samples n side by side.
 template <class T>
 struct BsrProduct {
   const T* panel;
   int64_t features, width;  // a block may stick out of the features; what sticks out is not read
+  int64_t index_step, x_stride, y_stride;
   const int32_t* index;
+  const int32_t* depths;  // per block its features that are there, or null: those of block index[b] of `features`
   const int32_t* which;  // or null: the blocks lie in order
   const T* values;
   int64_t block;  // weights of a block
@@ -93,14 +95,15 @@ struct BsrProduct {
 template <class T>
 constexpr int kMaxSamples = 8 * kLanes<T>;
 
-// sums[j][r] (+)= sum over samples t of dy[t][r] * panel[index[j]][t], lanes outputs r of which `rows` are there
-// and `inputs` features j, a multiple of 16. The sums of absent rows are meaningless.
+// sums[j][r] (+)= sum over samples t of dy[t][r] * panel[index[j] * index_step + t], lanes outputs r of which `rows`
+// are there and `inputs` features j, a multiple of 16. The sums of absent rows are meaningless.
+// dy[t][r] lies at t * sample_stride + r * row_stride; one of the strides is 1.
 template <class T>
 struct BsrSddmm {
   const T* panel;
-  int64_t width, samples;  // the panel's samples, and how many of them are there
+  int64_t index_step, width, samples;  // the panel's samples, and how many of them are there
   const T* dy;
-  int64_t dy_stride, rows;
+  int64_t sample_stride, row_stride, rows;
   const int32_t* index;
   int64_t inputs;
   bool accumulate;

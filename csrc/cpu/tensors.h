@@ -16,6 +16,7 @@ namespace sparsekit {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
 
 inline std::string shape_of(const Tensor& t) {
   std::string text = "[";

@@ -8,7 +8,18 @@ import torch.nn.functional as F
 from ..reference import activate
 from . import layout
 
-_LAST = torch.channels_last
+
+def image_format(like: torch.Tensor) -> torch.memory_format:
+    """How a convolution of ``like`` lays out its result: channels_last on a GPU, the format of ``like`` elsewhere."""
+    last = like.is_cuda or (not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last))
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _image(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    form = image_format(like)
+    if result.numel() == 0:
+        return torch.empty_like(result, memory_format=form)  # torch leaves odd strides in an empty gradient
+    return result.contiguous(memory_format=form)
 
 
 def _from_transposed(values, t_crow, t_row, t_perm, shape, groups):
@@ -53,7 +64,7 @@ def conv2d(
     shape = (out_channels, x.shape[1] // groups, *kernel_size)
     weight = layout.scatter(values, crow_indices, col_indices, shape, groups)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return activate(y, activation).contiguous(memory_format=_LAST)
+    return _image(activate(y, activation), x)
 
 
 def conv2d_t(
@@ -63,7 +74,7 @@ def conv2d_t(
     weight = _from_transposed(values, t_crow, t_row, t_perm, shape, groups)
     size = (dy.shape[0], in_channels, *input_size)
     dx = torch.nn.grad.conv2d_input(size, weight, dy, stride, padding, dilation, groups)
-    return dx.contiguous(memory_format=_LAST)
+    return _image(dx, dy)
 
 
 def conv2d_sddmm(

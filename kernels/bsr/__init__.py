@@ -1,7 +1,7 @@
 """``bsr``: the survivors in dense blocks, for ``block:RxC`` masks.
 
 Triton kernels on CUDA for blocks of 8 to 128 on a side: those of 64 and 128 feed Hopper's widest matrix
-instructions. Native kernels on the CPU for linear layers, vectors (16x1, 8x1, 1x16) and 4x4 blocks included.
+instructions. Native kernels on the CPU, vectors (16x1, 8x1, 1x16) and 4x4 blocks included.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Bsr(Blocked):
 
     def absent(self, where, mask, groups=1):
         if where.type == "cpu":
-            return "no bsr convolution kernel for the CPU" if mask.dim() > 2 else _native.lacks_cpu()
+            return _native.lacks_cpu()
         if find_spec("triton") is None:
             return "triton is not installed: pip install triton"
         rows, cols = self.block(mask, groups)
