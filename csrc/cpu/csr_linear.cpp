@@ -87,7 +87,7 @@ struct PanelProduct {
 
   // This part's share: whole panels when they divide evenly, else a share of the rows of every panel.
   void run_part(int64_t parts, int64_t part) const {
-    const int64_t splits = panels.count % parts == 0 ? 1 : parts;
+    const int64_t splits = panels.even(parts) ? 1 : parts;
     const Span items = cut(panels.count * splits, parts, part);
     for (int64_t item = items.begin; item < items.end; ++item)
       run(item / splits, cut_rows(lists.crow, lists.rows, splits, item % splits, kLanes<T>));
@@ -107,11 +107,13 @@ struct CodeProduct {
 
   void run_part(int64_t parts, int64_t part) const {
     constexpr int64_t L = Panels<float>::L;
-    const Span blocks = code.share(parts, part);
+    const bool even = panels.even(parts);
+    const Span blocks = even ? Span{0, code.blocks()} : code.share(parts, part);
+    const Span own = even ? cut(panels.count, parts, part) : Span{0, panels.count};
     const int64_t panel = L * panels.features;
     const int64_t pass = std::clamp<int64_t>(kTileBytes / (panel * int64_t(sizeof(float))), 4, 16);
-    for (int64_t first = 0; first < panels.count; first += pass) {
-      const int64_t count = std::min(pass, panels.count - first);
+    for (int64_t first = own.begin; first < own.end; first += pass) {
+      const int64_t count = std::min(pass, own.end - first);
       for (int64_t b = blocks.begin; b < blocks.end; b += kBlocks) {
         const Span some{b, std::min(blocks.end, b + kBlocks)};
         const int64_t row = code.row(some.begin), rows = code.row(some.end) - row;
@@ -214,8 +216,8 @@ void multiply_by_code(const Matrix& x, const MachineCode& code, const float* val
   for (int64_t first = 0; first < x.samples; first += step) {
     const int64_t count = std::min(step, x.samples - first);
     const Panels<float> panels(Workspace::kX, x.features, first, count, 1);
-    const int64_t packers = parts_for(pack_cost(count, x.features)), parts = parts_for(product_cost(nnz, count));
-    for_parts(packers, [&](int64_t part) { panels.fill_part(x, packers, part); });
+    const int64_t parts = parts_for(pack_cost(count, x.features) + product_cost(nnz, count));
+    for_parts(parts, [&](int64_t part) { panels.fill_part(x, parts, part); });
     const CodeProduct product{panels, code, values, bias, y};
     for_parts(parts, [&](int64_t part) { product.run_part(parts, part); });
   }
@@ -244,17 +246,17 @@ Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists
     Workspace::mine().trim();
     return out;
   }
-  const int64_t lines = Panels<T>::lines_for(x.samples), step = samples_at_once<T>(x.features, lines);
+  const int64_t threads = parts_for(pack_cost(x.samples, x.features) + product_cost(lists.nnz, x.samples));
+  const int64_t lines = Panels<T>::lines_for(x.samples, threads), step = samples_at_once<T>(x.features, lines);
   for (int64_t first = 0; first < x.samples; first += step) {
     const int64_t count = std::min(step, x.samples - first);
     const Panels<T> panels(Workspace::kX, x.features, first, count, lines);
     const bool gather = perm && first == 0;
-    const int64_t packers = parts_for(pack_cost(count, x.features) + (gather ? double(lists.nnz) : 0));
-    for_parts(packers, [&](int64_t part) {
-      panels.fill_part(x, packers, part);
-      if (gather) permuted->fill(cut(lists.nnz, packers, part, kLanes<T>));
+    const int64_t parts = parts_for(pack_cost(count, x.features) + product_cost(lists.nnz, count));
+    for_parts(parts, [&](int64_t part) {
+      panels.fill_part(x, parts, part);
+      if (gather) permuted->fill(cut(lists.nnz, parts, part, kLanes<T>));
     });
-    const int64_t parts = parts_for(product_cost(lists.nnz, count));
     const PanelProduct<T> product{panels, lists, v, bias, y};
     for_parts(parts, [&](int64_t part) { product.run_part(parts, part); });
   }
@@ -332,35 +334,38 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tens
     return {dx, dvalues.finish(), dbias.finish()};
   }
   const auto code = need.dx ? code_for<T>(key, true, t_lists, dy.features, samples) : nullptr;
-  const bool wide = !code || need.dvalues || need.dbias;  // machine code reads panels of one line instead
   std::optional<Permuted<T>> permuted;
   if (need.dx) permuted.emplace(*values, perm, t_lists.nnz);
   std::optional<Matrix> dx_matrix;
   if (need.dx && x.features > 0) dx_matrix.emplace(dx);
 
   const int64_t lines = Panels<T>::lines_for(samples);
+  const auto parts_of = [&](int64_t count) {
+    const double products = double(need.dx) + double(need.dvalues);
+    return parts_for(products * product_cost(lists.nnz, count) + 0.05 * double(dy.features * count) +
+                     pack_cost(count, dy.features + (need.dvalues ? x.features : 0)));
+  };
+  const int64_t dx_lines = code ? 1 : Panels<T>::lines_for(samples, parts_of(samples));
+  const bool apart = need.dx && dx_lines != lines, wide = !apart || need.dvalues || need.dbias;
   const int64_t step = samples_at_once<T>(std::max(x.features, dy.features), lines);
   for (int64_t first = 0; first < samples; first += step) {
     const int64_t count = std::min(step, samples - first);
     const Panels<T> dy_panels(Workspace::kDy, wide ? dy.features : 0, first, count, lines);
     const Panels<T> x_panels(Workspace::kX, need.dvalues ? x.features : 0, first, count, lines);
-    const Panels<T> dy_lines(Workspace::kOffsets, code ? dy.features : 0, first, count, 1);
+    const Panels<T> dx_panels(Workspace::kOffsets, apart ? dy.features : 0, first, count, dx_lines);
     const bool gather = permuted && first == 0;
-    const double gather_cost = gather ? double(lists.nnz) : 0;
-    const int64_t packers = parts_for(pack_cost(count, dy.features + x_panels.features) + gather_cost);
-    for_parts(packers, [&](int64_t part) {
-      if (wide) dy_panels.fill_part(dy, packers, part);
-      if (code) dy_lines.fill_part(dy, packers, part);
-      if (need.dvalues) x_panels.fill_part(x, packers, part);
-      if (gather) permuted->fill(cut(t_lists.nnz, packers, part, kLanes<T>));
+    const int64_t parts = parts_of(count);
+    for_parts(parts, [&](int64_t part) {
+      if (wide) dy_panels.fill_part(dy, parts, part);
+      if (apart) dx_panels.fill_part(dy, parts, part);
+      if (need.dvalues) x_panels.fill_part(x, parts, part);
+      if (gather) permuted->fill(cut(t_lists.nnz, parts, part, kLanes<T>));
     });
-    const double products = double(need.dx) + double(need.dvalues);
-    const int64_t parts = parts_for(products * product_cost(lists.nnz, count) + 0.05 * double(dy.features * count));
     for_parts(parts, [&](int64_t part) {
       if (dx_matrix) {
-        if (!code) PanelProduct<T>{dy_panels, t_lists, permuted->data, nullptr, *dx_matrix}.run_part(parts, part);
+        if (!code) PanelProduct<T>{apart ? dx_panels : dy_panels, t_lists, permuted->data, nullptr, *dx_matrix}.run_part(parts, part);
         else if constexpr (std::is_same_v<T, float>)
-          CodeProduct{dy_lines, *code, permuted->data, nullptr, *dx_matrix}.run_part(parts, part);
+          CodeProduct{apart ? dx_panels : dy_panels, *code, permuted->data, nullptr, *dx_matrix}.run_part(parts, part);
       }
       if (need.dvalues)
         sddmm_span(dy_panels, x_panels, lists, cut(lists.nnz, parts, part, kLanes<T>), first > 0, dvalues.data());

@@ -127,6 +127,7 @@ template <class T>
 struct Kernels {
   int max_lines;    // widest product/sddmm, in lines
   int panel_lines;  // best panel width for a large batch, in lines
+  int least_lines;  // narrowest panel whose products are bitwise those of panel_lines
 
   void (*product)(const Product<T>&, int lines);
   void (*sddmm)(const Sddmm<T>&, int lines);

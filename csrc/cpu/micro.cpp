@@ -11,7 +11,7 @@ namespace {
 // Chains of dependent FMAs must be long enough in number to hide their latency: a narrow product keeps
 // several partial sums per output, survivor p going to chain p % kChains.
 template <int NV>
-constexpr int kChains = NV >= 6 ? 1 : NV >= 3 ? 2 : 4;
+constexpr int kChains = NV >= 6 ? 1 : NV >= 2 ? 2 : 4;
 
 template <class T, int NV, bool Offset>
 SK_INLINE const T* operand(const T* base, int32_t index) {
@@ -338,6 +338,7 @@ constexpr Kernels<T> table() {
   constexpr int widest = kMaxVectors<T> / Simd<T>::per_line;
   return {widest,
           widest < 4 ? widest : 4,
+          widest == 8 ? 2 : widest,
           product_any<T>,
           sddmm_any<T>,
           dot<T>,

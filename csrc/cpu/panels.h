@@ -36,9 +36,11 @@ struct Panels {
   int64_t features, first, samples;  // samples [first, first + samples) of the tensor
   int64_t lines, count;              // lines per panel (the last may be narrower), panels
 
-  static int64_t lines_for(int64_t samples) {
+  // The lines per panel that the kernels like best; narrower ones where threads can then have whole panels each.
+  static int64_t lines_for(int64_t samples, int64_t threads = 1) {
     const int64_t total = (samples + L - 1) / L, widest = kernels<T>().panel_lines;
-    const int64_t panels = std::max<int64_t>(1, (total + widest - 1) / widest);
+    int64_t panels = std::max<int64_t>(1, (total + widest - 1) / widest);
+    if (panels == 1 && threads == 2 && total == widest && kernels<T>().least_lines * 2 <= total) panels = 2;
     return (total + panels - 1) / panels;
   }
 
@@ -75,10 +77,14 @@ struct Panels {
       });
   }
 
+  // Whether parts work on whole panels: fetching what another core has written costs more than arithmetic on it.
+  bool even(int64_t parts) const { return count % parts == 0; }
+
   // This part's share of packing all panels.
   void fill_part(const Matrix& from, int64_t parts, int64_t part) const {
-    const Span span = cut(features, parts, part, L);
-    for (int64_t i = 0; i < count; ++i) fill(from, i, span);
+    const Span own = even(parts) ? cut(count, parts, part) : Span{0, count};
+    const Span span = even(parts) ? Span{0, features} : cut(features, parts, part, L);
+    for (int64_t i = own.begin; i < own.end; ++i) fill(from, i, span);
   }
 };
 
