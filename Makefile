@@ -1,6 +1,8 @@
 # make demo    install into .venv, find tickets on real digits, write runs/demo/report.md
 # make test    install into .venv, run the test suite
 # make bench   print the layer suite;  make asan  the kernel tests under address and undefined-behaviour sanitizers
+# make tsan    threaded kernels under ThreadSanitizer;  make nightly  10000 random layers on every instruction set
+# make aarch64 cross-compile the CPU kernels, run the innermost in an emulator
 # make emulate  every CUDA kernel on the CPU once more, for longer than make test does
 # make offline  compile every GPU kernel and read its machine code, no GPU needed (wants triton, nvcc for csrc/cuda)
 # make gpu-test PY=python3            the tests that need a GPU
@@ -23,7 +25,7 @@ RUN := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: demo test lint bench emulate offline gpu-test gpu-bench asan existing clean
+.PHONY: demo test lint bench emulate offline gpu-test gpu-bench asan tsan nightly aarch64 existing clean
 
 demo: $(READY)
 	$(RUN) -m sparsekit.demo --out runs/demo
@@ -77,7 +79,21 @@ asan: $(READY)
 	cd build/asan && ln -sfn ../kernels sparsekit/kernels && \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$PWD $(abspath $(RUN)) -m pytest -q tests/test_csr_ops.py tests/test_bsr_native.py \
-	  tests/test_jit.py -k "not isa and not instruction_set" -p no:cacheprovider
+	  tests/test_jit.py tests/test_random_kernels.py -k "not isa and not instruction_set" -p no:cacheprovider
+
+tsan: $(READY)
+	rm -rf build/tsan && mkdir -p build/tsan && cp -r sparsekit kernels csrc tests setup.py pyproject.toml build/tsan/
+	cd build/tsan && ln -sfn ../kernels sparsekit/kernels && rm -f sparsekit/_C.abi3.so && \
+	  CXX="g++ -fsanitize=thread -g" SPARSEKIT_CUDA=0 SPARSEKIT_NATIVE=1 $(abspath $(RUN)) setup.py -q build_ext --inplace
+	cd build/tsan && PYTHONPATH=$$PWD $(abspath $(RUN)) tests/race.py
+
+nightly: $(READY)
+	$(RUN) setup.py -q build_ext --inplace
+	$(RUN) tests/random_kernels.py --cases 10000
+
+aarch64: $(READY)
+	$(RUN) setup.py -q build_ext --inplace
+	$(RUN) tests/aarch64.py
 
 clean:
 	rm -rf build .venv sparsekit/_C.abi3.so sparsekit/_C.abi3.json
