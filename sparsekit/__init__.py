@@ -8,6 +8,7 @@ from .functional import sparse_conv2d as sparse_conv2d
 from .functional import sparse_linear as sparse_linear
 from .nn import SparseConv2d as SparseConv2d
 from .nn import SparseLinear as SparseLinear
+from .nn import compact as compact
 from .nn import convert as convert
 from .nn import fuse as fuse
 from .nn import masks_of as masks_of
@@ -23,6 +24,7 @@ __all__ = [
     "Pattern",
     "SparseConv2d",
     "SparseLinear",
+    "compact",
     "convert",
     "criterion",
     "explain",

@@ -1,6 +1,7 @@
 """Drop-in modules and whole-model conversion."""
 
 from .base import SparseModule as SparseModule
+from .compaction import compact as compact
 from .conv import SparseConv2d as SparseConv2d
 from .convert import convert as convert
 from .convert import dense_state as dense_state
