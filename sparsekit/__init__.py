@@ -18,6 +18,7 @@ from .plan import explain as explain
 from .prune import criterion as criterion
 from .prune import prunable as prunable
 from .prune import prune as prune
+from .schedule import schedule as schedule
 from .ticket import tickets as tickets
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "prunable",
     "prune",
     "save",
+    "schedule",
     "sparse_conv2d",
     "sparse_linear",
     "tickets",

@@ -1,55 +1,29 @@
 """Pruning: criterion x scope x pattern -> mask, with exact counts and ties broken by index.
 
 Scores, selection and structure are separate things (as in JaxPruner, arXiv:2304.14082): a criterion
-scores every weight, the pattern sums scores over what lives or dies together, and selection removes
-exactly the number asked for.
+scores every weight (``criteria``), the pattern sums scores over what lives or dies together, and selection
+removes exactly the number asked for (``select``), at once or in steps that score anew what is left.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import floor
-from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .criteria import CRITERIA, Facts, Layer, criterion, find
 from .mask import Masks, check_masks, weight_of
 from .pattern import Pattern
+from .select import pools, select, shares, spread
 
 __all__ = ["CRITERIA", "Layer", "criterion", "prunable", "prune", "prune_step"]
 
-
-@dataclass(frozen=True)
-class Layer:
-    """What a criterion sees of one layer: its weight's ``name`` and the dense ``weight`` (detached)."""
-
-    name: str
-    weight: Tensor
-
-
-CRITERIA: dict[str, Callable[[Layer], Tensor]] = {}
-
-
-def criterion(function: Callable[[Layer], Tensor]) -> Callable[[Layer], Tensor]:
-    """Register ``function(layer) -> scores`` (float, of the weight's shape; low scores go first) by its name."""
-    CRITERIA[function.__name__] = function
-    return function
-
-
-@criterion
-def magnitude(layer: Layer) -> Tensor:
-    """|w|, the criterion of iterative magnitude pruning (Frankle & Carbin, arXiv:1803.03635)."""
-    return layer.weight.abs()
-
-
-@criterion
-def random(layer: Layer) -> Tensor:
-    """Uniform scores from torch's global generator: the random-sparsity control."""
-    return torch.rand(layer.weight.shape, device=layer.weight.device)
+Scope = str | Sequence[str | Iterable[str]]
 
 
 def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Module]:
@@ -91,34 +65,51 @@ def prune(
     sparsity: float | Mapping[str, float] = 0.9,
     pattern: str | Pattern = "unstructured",
     criterion: str | Callable[[Layer], Tensor] = "magnitude",
-    scope: str = "global",
+    scope: Scope | None = None,
     exclude: Iterable[str] = (),
+    *,
+    steps: int | None = None,
+    least: int = 0,
+    init: nn.Module | Mapping[str, Tensor] | None = None,
+    data: Any = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Masks:
     """Choose which weights of ``model`` survive; the model itself is not changed.
 
     Args:
         sparsity: share of weights to remove in [0, 1], counted over all weights in scope, those that
             are already pruned included; exactly ``floor(sparsity * n + 0.5)`` go. With
-            ``scope="layer"`` also a dict of fnmatch patterns to shares, later entries winning
+            ``scope="layer"`` or groups also a dict of fnmatch patterns to shares, later entries winning
             (``{"*": 0.9, "fc3.*": 0.5}``). The N:M pattern fixes the share itself.
         pattern: ``"unstructured"``, ``"block:RxC"``, ``"N:M"`` or ``"channel"``; with groups of more
             than one weight the count is the nearest that whole groups allow.
-        criterion: ``"magnitude"``, ``"random"`` or ``function(layer) -> scores``.
-        scope: ``"global"`` ranks all layers together, ``"layer"`` each alone.
+        criterion: a name in :data:`CRITERIA` (``"magnitude"``, ``"random"``, ``"snip"``, ``"synflow"``,
+            ``"lamp"``, …) or ``function(layer) -> scores``, see :class:`Layer` for what it may read.
+        scope: ``"global"`` ranks all layers together, ``"layer"`` each alone; ``"er"`` and ``"erk"`` rank each
+            alone at Erdős-Rényi densities; ``["conv*", "fc*"]`` ranks groups. None: ``"global"`` for single
+            weights, ``"layer"`` for structures, whose global ranking empties late layers.
         exclude: fnmatch patterns of layers to leave dense.
+        steps: prune in as many steps, survivors going down geometrically, each scored under the mask of the
+            one before; None takes what the criterion was registered with (100 for SynFlow, else 1).
+        least: how many weights every layer keeps at least, even if less is removed then: 1 guards against
+            layer collapse.
+        init: model or state dict at initialisation, for criteria that read ``layer.init``.
+        data, loss: a batch ``(x, y)`` or an iterable of them, and ``loss(output, y)`` (default:
+            cross-entropy), for criteria that read gradients, flow or activations.
 
     Returns: ``{"0.weight": bool tensor}``, True where a weight survives. Ties go by layer order, then index.
-    Raises: ValueError or TypeError on unknown names, bad shares, non-float or NaN weights.
+    Raises: ValueError or TypeError on unknown names, bad shares, non-float or NaN weights, or what a
+    criterion needs and was not given.
     """
     layers = prunable(model, exclude)
     alive = {name: _alive(module) for name, module in layers.items()}
 
-    def to_remove(names: list[str], share: float) -> int:
+    def to_keep(names: list[str], share: float) -> int:
         total = sum(alive[name].numel() for name in names)
-        dead = total - sum(int(alive[name].sum()) for name in names)
-        return max(0, floor(share * total + 0.5) - dead)
+        return min(_count(alive, names), total - floor(share * total + 0.5))
 
-    return _prune(layers, alive, sparsity, pattern, criterion, scope, to_remove)
+    facts = Facts(model, layers, init, data, loss)
+    return _prune(layers, alive, sparsity, pattern, criterion, scope, to_keep, steps, least, facts)
 
 
 def prune_step(
@@ -127,8 +118,14 @@ def prune_step(
     rate: float | Mapping[str, float],
     pattern: str | Pattern = "unstructured",
     criterion: str | Callable[[Layer], Tensor] = "magnitude",
-    scope: str = "layer",
+    scope: Scope | None = "layer",
     exclude: Iterable[str] = (),
+    *,
+    steps: int | None = None,
+    least: int = 0,
+    init: nn.Module | Mapping[str, Tensor] | None = None,
+    data: Any = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Masks:
     """One round of iterative pruning: remove the share ``rate`` of what ``masks`` left alive.
 
@@ -142,10 +139,12 @@ def prune_step(
         everything = torch.ones(shapes[name], dtype=torch.bool)
         alive[name] = masks.get(name, everything).to(weight_of(module).device)
 
-    def to_remove(names: list[str], share: float) -> int:
-        return floor(share * sum(int(alive[name].sum()) for name in names) + 0.5)
+    def to_keep(names: list[str], share: float) -> int:
+        count = _count(alive, names)
+        return count - floor(share * count + 0.5)
 
-    return _prune(layers, alive, rate, pattern, criterion, scope, to_remove)
+    facts = Facts(model, layers, init, data, loss)
+    return _prune(layers, alive, rate, pattern, criterion, scope, to_keep, steps, least, facts)
 
 
 def _alive(module: nn.Module) -> Tensor:
@@ -157,59 +156,61 @@ def _alive(module: nn.Module) -> Tensor:
     return torch.ones(module.weight.shape, dtype=torch.bool, device=module.weight.device)
 
 
+def _count(alive: Mapping[str, Tensor], names: Iterable[str]) -> int:
+    return sum(int(alive[name].sum()) for name in names)
+
+
 @torch.no_grad()
-def _prune(layers, alive, shares, pattern, criterion, scope, to_remove) -> Masks:
+def _prune(layers, alive, given, pattern, criterion, scope, to_keep, steps, least, facts: Facts) -> Masks:
     if not layers:
         raise ValueError("Expected a model with layers to prune (nn.Linear, nn.Conv2d), got none that is not excluded")
     pattern = Pattern.parse(pattern)
-    if scope not in ("global", "layer"):
-        raise ValueError(f"Expected scope 'global' or 'layer', got {scope!r}")
-    rates = _shares(shares, list(layers), scope)
-    score = criterion if callable(criterion) else CRITERIA.get(criterion)
-    if score is None:
-        raise ValueError(f"Expected a criterion of {', '.join(CRITERIA)} or a function, got {criterion!r}")
-    scores = {name: _scores(score, name, module) for name, module in layers.items()}
+    if scope is None:
+        scope = "global" if pattern.name == "unstructured" else "layer"
+    together = pools(scope, list(layers))
+    rates = shares(given, together, scope)
+    score = find(criterion)
+    steps = getattr(score, "steps", 1) if steps is None else steps
+    for name, value, floor_ in (("steps", steps, 1), ("least", least, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < floor_:
+            raise ValueError(f"Expected {name} as a whole number of at least {floor_}, got {value!r}")
 
-    masks: Masks = {}
-    if pattern.nm:
-        masks = {name: pattern.nm_mask(scores[name], alive[name]) for name in layers}
+    if scope in ("er", "erk"):
+        counts = spread(scope, alive, to_keep(list(layers), rates[0]))
+        goals = [counts[pool[0]] for pool in together]
     else:
-        pools = [list(layers)] if scope == "global" else [[name] for name in layers]
-        for pool in pools:
-            if pool:
-                masks.update(_select(pool, scores, alive, pattern, to_remove(pool, rates[pool[0]])))
+        goals = [to_keep(pool, rate) for pool, rate in zip(together, rates, strict=True)]
+    first = [_count(alive, pool) for pool in together]
+    masks: Masks = dict(alive)
+    for step in range(1, (1 if pattern.nm else steps) + 1):
+        facts.under(masks)
+        scores = {name: _scores(score, name, module, masks[name], facts) for name, module in layers.items()}
+        if pattern.nm:
+            masks = {name: pattern.nm_mask(scores[name], alive[name]) for name in layers}
+            break
+        after: Masks = {}
+        for pool, begin, goal in zip(together, first, goals, strict=True):
+            keep = _between(begin, goal, step / steps)
+            after.update(select(pool, scores, masks, pattern, _count(masks, pool) - keep, least))
+        masks = after
     for name, mask in masks.items():
         if not mask.any():
             warnings.warn(f"{name}: no weight survives; the layer will output its bias", stacklevel=4)
     return masks
 
 
-def _shares(shares: float | Mapping[str, float], names: list[str], scope: str) -> dict[str, float]:
-    if isinstance(shares, Mapping):
-        if scope != "layer":
-            raise ValueError("Expected one share with scope='global', got one per layer; use scope='layer'")
-        table = {}
-        for name in names:
-            hits = [v for p, v in shares.items() if fnmatchcase(name, p) or fnmatchcase(name.rpartition(".")[0], p)]
-            if not hits:
-                raise ValueError(f"{name}: Expected a share for every layer (add '*'), got {list(shares)}")
-            table[name] = hits[-1]
-        for p in shares:
-            if not any(fnmatchcase(n, p) or fnmatchcase(n.rpartition(".")[0], p) for n in names):
-                raise ValueError(f"Expected shares for layers of this model ({', '.join(names)}), got {p!r}")
-    else:
-        table = dict.fromkeys(names, shares)
-    for name, share in table.items():
-        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
-            raise ValueError(f"{name}: Expected a share between 0 and 1, got {share!r}")
-    return table
+def _between(first: int, last: int, part: float) -> int:
+    """Survivors after a ``part`` of the way from ``first`` to ``last``, geometrically (arXiv:2006.05467)."""
+    if part == 1 or first == 0:
+        return last
+    return max(last, floor(first * (max(last, 1) / first) ** part + 0.5))
 
 
-def _scores(score: Callable[[Layer], Tensor], name: str, module: nn.Module) -> Tensor:
+def _scores(score: Callable[[Layer], Tensor], name: str, module: nn.Module, alive: Tensor, facts: Facts) -> Tensor:
     weight = weight_of(module).detach()
     if not weight.is_floating_point():
         raise TypeError(f"{name}: Expected a floating-point weight, got {weight.dtype}")
-    result = score(Layer(name, weight))
+    result = score(Layer(name, weight, alive, facts))
     got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
     if got != list(weight.shape):
         raise ValueError(f"{name}: Expected scores of shape {list(weight.shape)}, got {got}")
@@ -218,46 +219,3 @@ def _scores(score: Callable[[Layer], Tensor], name: str, module: nn.Module) -> T
     if result.isnan().any():
         raise ValueError(f"{name}: Expected scores without NaN, got NaN")
     return result
-
-
-def _select(pool: list[str], scores: dict, alive: dict, pattern: Pattern, remove: int) -> Masks:
-    """Remove ``remove`` weights from the layers in ``pool``, lowest group mean first."""
-    parts, lives, sizes = [], [], []
-    for name in pool:
-        total, live = pattern.group_scores(scores[name], alive[name])
-        if pattern.name != "channel" and pattern.group == (1, 1):
-            size = live.to(total.dtype)
-        else:
-            size, _ = pattern.group_scores(alive[name].to(total.dtype), alive[name])
-        parts.append(total / size.clamp(min=1))
-        lives.append(live)
-        sizes.append(size)
-    devices = {p.device for p in parts}
-    gather = torch.cat if len(devices) == 1 else (lambda ts: torch.cat([t.cpu() for t in ts]))
-    rank, live, size = gather(parts), gather(lives), gather(sizes)
-    keep = live.clone()
-    if remove > 0:
-        rank = rank.masked_fill(~live, torch.inf)
-        keep[_lowest(rank, size, live, remove)] = False
-    masks, start = {}, 0
-    for name, part in zip(pool, parts, strict=True):
-        groups = keep[start : start + part.numel()].to(alive[name].device)
-        masks[name] = pattern.expand(groups, alive[name].shape) & alive[name]
-        start += part.numel()
-    return masks
-
-
-def _lowest(rank: Tensor, size: Tensor, live: Tensor, remove: int) -> Tensor:
-    """Indices of the lowest-ranked groups whose sizes add up to ``remove``, or as near as they can."""
-    if bool((size[live] == 1).all()):
-        # A threshold needs no sort of the whole network; ties at it go by index.
-        threshold = rank.kthvalue(min(remove, int(live.sum()))).values
-        below, ties = (rank < threshold).nonzero().flatten(), ((rank == threshold) & live).nonzero().flatten()
-        return torch.cat([below, ties[: remove - below.numel()]])
-    order = rank.argsort(stable=True)[: int(live.sum())]
-    removed = size[order].double().cumsum(0)
-    count = int((removed <= remove).sum())
-    if count < order.numel():
-        under = float(removed[count - 1]) if count else 0.0
-        count += float(removed[count]) - remove < remove - under
-    return order[:count]

@@ -1,110 +1,24 @@
-"""The search for tickets: what a round starts from, what it leaves behind, and that a killed one goes on."""
+"""The search for tickets: rounds and masks, and what a round starts from."""
 
-import errno
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 import warnings
 from itertools import pairwise
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from ticket_nets import X, Y, adam, assert_equal, dataset, mlp, net, run, search, sgd, train
 from torch import nn
 
 import sparsekit as sk
-from sparsekit import files, models, report
-from sparsekit.data import Dataset
+from sparsekit import files, models
 from sparsekit.nn import SparseModule, dense_state
-from sparsekit.ticket import ledger, store
 from sparsekit.ticket.rewind import Rewind, Snapshot, decode, encode, set_rng
-from sparsekit.ticket.train import Training, fit, train_round
 
-WORKER = Path(__file__).with_name("ticket_worker.py")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Of little use to tensors this small, and slow where other processes want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    return models.build("mlp:" + "-".join(map(str, widths)), classes=widths[-1], input_shape=widths[:1], seed=0)
-
-
-def net() -> nn.Sequential:
-    """Every kind of state: convolution, batch norm, dropout, linear."""
-    torch.manual_seed(3)
-    conv = nn.Conv2d(1, 4, 3, padding=1, bias=False)
-    return nn.Sequential(
-        conv,
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Dropout(0.2),
-        nn.Linear(64, 16),
-        nn.ReLU(),
-        nn.Linear(16, 3),
-    )
-
-
-X = torch.randn(60, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-Y = torch.arange(60) % 3
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-
-
-def adam(model):
-    return torch.optim.Adam(model.parameters(), lr=0.01)
-
-
-def train(round_, steps=6, make=sgd, x=X, y=Y, spy=None):
-    """A loop that draws noise, has a schedule, and counts its steps."""
-    model = round_.model.train()
-    optimizer = make(model)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4], 0.5)
-    start = round_.begin(optimizer, scheduler, steps_per_epoch=3)
-    for step in range(start, steps):
-        if spy is not None:
-            spy(step, model, optimizer, scheduler)
-        batch = round_.permutation(len(x), step // 3)[20 * (step % 3) :][:20]
-        F.cross_entropy(model(x[batch]), y[batch]).backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        round_.step()
-    return optimizer
-
-
-def search(model=None, rounds=2, **how):
-    return sk.tickets(model or net(), rounds, **{"impl": "csr"} | how)
-
-
-def run(model=None, rounds=2, steps=6, make=sgd, **how):
-    """Train every round; ``[(round, dense state at its start, optimizer)]`` and the search."""
-    found, seen = search(model, rounds, **how), []
-    for round_ in found:
-        before = dense_state(round_.model)
-        seen.append((round_, before, train(round_, steps, make)))
-    return seen, found
-
-
-def assert_equal(got, want):
-    assert got.keys() == want.keys()
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Rounds and masks
@@ -173,6 +87,44 @@ def test_one_shot():
         "5.weight": 102,
         "7.weight": 5,
     }
+
+
+@pytest.mark.parametrize("kind", ["geometric", "cubic", "linear"])
+def test_rates_by_round(kind):
+    found = search(rounds=None, rate=sk.schedule({"*": 0.2, "7": 0.5}, 3, kind))
+    left = [round_.masks for round_ in found]
+    assert len(left) == 4 and {n: int(m.sum()) for n, m in left[3].items()} == pytest.approx(
+        {"0.weight": 0.2 * 36, "5.weight": 0.2 * 1024, "7.weight": 0.5 * 48}, abs=2
+    )
+    assert found.config["rate"] == sk.schedule({"*": 0.2, "7": 0.5}, 3, kind) and found.config["rounds"] == 3
+    with pytest.raises(ValueError, match="Expected a rate for each of 2 rounds, got 3"):
+        search(rounds=2, rate=[0.1] * 3)
+
+
+def test_criteria_that_ask_for_the_first_weights_and_data():
+    model = net()
+    for criterion, of in (("movement", lambda w, w0: (w - w0).abs()), ("large_init", lambda w, w0: w0.abs())):
+        (dense, _, _), (round_, _, _) = run(model, 1, rate=0.5, criterion=criterion)[0]
+        scores = of(dense_state(dense.model)["5.weight"], model[5].weight.detach())
+        kept = round_.masks["5.weight"]
+        assert scores[kept].min() >= scores[~kept].max()
+    seen, found = run(model, 2, rate=0.5, criterion="snip", data=iter([(X[:20], Y[:20]), (X[20:], Y[20:])]), least=1)
+    assert seen[2][0].density == pytest.approx(0.25, abs=0.01) and found.config["least"] == 1
+    with pytest.raises(ValueError, match="Expected data=, a batch"):
+        search(criterion="snip")
+
+
+def test_pruning_at_initialisation():
+    model, batch = net(), (X, Y)
+    for criterion, data in (("magnitude", None), ("snip", batch), ("synflow", batch)):
+        how = {"criterion": criterion, "data": data, "scope": "layer"}
+        seen, _ = run(model, 1, rate=0.5, score_at="init", **how)
+        assert_equal(seen[1][0].masks, sk.prune(model, 0.5, **how))
+    lr = run(model, 1, rate=0.5, score_at="init", rewind="lr")[0]
+    want = dense_state(lr[0][0].model)["5.weight"] * lr[1][0].masks["5.weight"]
+    assert torch.equal(lr[1][1]["5.weight"], want)  # scored at the first weights, trained on from the last
+    with pytest.raises(ValueError, match="Expected score_at 'end' or 'init', got 'begin'"):
+        search(score_at="begin")
 
 
 def test_rates_by_layer_and_layers_left_out():
@@ -424,419 +376,6 @@ def test_encode_keeps_types_and_bits():
     text = json.dumps(encode(value, tensors))
     got = decode(json.loads(text), tensors)
     assert torch.equal(got.pop("t"), value.pop("t")) and got == value and type(got[1]) is tuple
-
-
-# Files, and going on
-
-
-def worker(tmp_path, name, die="", cache=None, impl="auto", rewind="4it"):
-    """Run a search in a process of its own; ``die`` says where it is killed."""
-    env = os.environ | {"SPARSEKIT_CACHE": str(cache or tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(tmp_path / name), die, impl, rewind], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == (-signal.SIGKILL if die else 0), done.stderr
-    return done.stdout.split()
-
-
-def results(folder: Path) -> dict[str, dict]:
-    found = {}
-    for path in sorted(folder.glob("**/*.safetensors")):
-        found[str(path.relative_to(folder))] = files.read_tensors(path)[0]
-    return found
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_search_goes_on_to_the_same_bits(tmp_path):
-    assert worker(tmp_path, "whole") == ["0", "1", "2", "3"]
-    assert worker(tmp_path, "killed", "0:7") == ["0"]  # after the rewind point
-    assert worker(tmp_path, "killed", "2:5") == ["0", "1", "2"]  # in the middle of a round
-    assert worker(tmp_path, "killed", "2:files") == ["2"]  # between the files of a round
-    left = [path.name for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")]
-    assert left == [".round_02.partial"]
-    # Its plans are gone: without the formats it kept, the round could run in others.
-    assert worker(tmp_path, "killed", cache=tmp_path / "other") == ["2", "3"]
-    whole, killed = results(tmp_path / "whole"), results(tmp_path / "killed")
-    assert whole.keys() == killed.keys() and len(whole) == 2 + 2 * 4
-    for file in whole:
-        assert_equal(killed[file], whole[file])
-    assert not [path for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")]
-    rounds = [json.loads((tmp_path / run / "summary.json").read_text())["rounds"] for run in ("whole", "killed")]
-    for row, again in zip(*rounds, strict=True):
-        assert [row[k] for k in ("density", "val_loss", "steps")] == [
-            again[k] for k in ("density", "val_loss", "steps")
-        ]
-    assert worker(tmp_path, "killed") == []  # nothing left to train
-
-
-@pytest.mark.parametrize("rewind", ["init", "lr", "none"])
-def test_a_search_given_up_goes_on_to_the_same_bits(tmp_path, rewind):
-    how = {"rewind": rewind, "criterion": "random", "rounds": 3}
-    run(run_dir=tmp_path / "whole", **how)
-    for stop in (0, 1, 2, 3):
-        for round_ in search(run_dir=tmp_path / "broken", **how):
-            train(round_, steps=3 if round_.number == stop else 6)
-            if round_.number == stop:
-                break
-    numbers = [r.number for r, *_ in run(run_dir=tmp_path / "broken", **how)[0]]
-    assert numbers == [3]
-    whole, broken = results(tmp_path / "whole"), results(tmp_path / "broken")
-    for file in whole:
-        assert_equal(broken[file], whole[file])
-
-
-def test_a_round_begun_keeps_its_formats(tmp_path):
-    how = {"impl": "auto", "run_dir": tmp_path / "run", "rounds": 1}
-    for round_ in search(**how):
-        if round_.number:
-            break
-    kept = json.loads((tmp_path / "run" / "formats.json").read_text())
-    assert kept == {"1": {n: m.format.name for n, m in round_.model.named_modules() if isinstance(m, SparseModule)}}
-    turned = {name: "csr" if format == "dense" else "dense" for name, format in kept["1"].items()}
-    (tmp_path / "run" / "formats.json").write_text(json.dumps({"1": turned}))
-    for round_ in search(**how):
-        layers = {n: m.format.name for n, m in round_.model.named_modules() if isinstance(m, SparseModule)}
-        assert layers == turned
-        twin = round_.variant(net())
-        assert {n: m.format.name for n, m in twin.named_modules() if isinstance(m, SparseModule)} == turned
-
-
-def test_in_memory_it_is_the_same_search(tmp_path):
-    on_disk, _ = run(run_dir=tmp_path / "run", rewind="3it")
-    in_memory, found = run(rewind="3it")
-    for (a, *_), (b, *_) in zip(on_disk, in_memory, strict=True):
-        assert_equal(dense_state(a.model), dense_state(b.model))
-    assert len(found.summary["rounds"]) == 3
-
-
-def test_a_finished_search_trains_nothing_and_more_rounds_go_on(tmp_path):
-    first, found = run(rounds=1, run_dir=tmp_path / "run")
-    again, same = run(rounds=1, run_dir=tmp_path / "run")
-    assert not again and same.summary == found.summary
-    more, longer = run(rounds=3, run_dir=tmp_path / "run")
-    assert [r.number for r, *_ in more] == [2, 3]
-    assert longer.summary["rounds"][:2] == found.summary["rounds"]
-    at_once, _ = run(rounds=3)
-    assert_equal(dense_state(more[-1][0].model), dense_state(at_once[-1][0].model))
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == longer.summary
-
-
-@pytest.mark.parametrize(
-    ("other", "what"),
-    [
-        ({"rate": 0.3}, r"rate 0\.2, got 0\.3"),
-        ({"rewind": "lr"}, "rewind 'init', got 'lr'"),
-        ({"scope": "global"}, "scope 'layer', got 'global'"),
-        ({"note": {"seed": 1}}, "seed 0, got 1"),
-        ({"note": {}}, "seed 0, got None"),
-        ({"model": mlp(4, 3)}, r"0\.weight of shape \[4, 1, 3, 3\], got none"),
-    ],
-)
-def test_another_configuration_is_refused_by_name(tmp_path, other, what):
-    how = {"run_dir": tmp_path, "note": {"seed": 0}, "rounds": 0}
-    run(**how)
-    before = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
-    with pytest.raises(ValueError, match=rf"Expected the configuration this run began with \(.*{what}"):
-        list(search(**how | other))
-    assert {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()} == before
-
-
-def test_the_order_of_rates_matters_because_later_ones_win(tmp_path):
-    list(search(rounds=0, rate={"*": 0.2, "7": 0.1}, run_dir=tmp_path))
-    with pytest.raises(ValueError, match="Expected the configuration"):
-        list(search(rounds=0, rate={"7": 0.1, "*": 0.2}, run_dir=tmp_path))
-
-
-def test_the_same_note_may_hold_tuples(tmp_path):
-    for _ in range(2):
-        assert search(rounds=0, note={"size": (1, 2)}, run_dir=tmp_path).config["size"] == [1, 2]
-        list(search(rounds=0, note={"size": (1, 2)}, run_dir=tmp_path))
-
-
-def test_another_machine_is_only_warned_about(tmp_path):
-    list(search(rounds=0, note={"threads": 2, "torch": "1"}, run_dir=tmp_path))
-    with pytest.warns(UserWarning, match=r"Expected the machine this run began on \(threads 2, got 4\)"):
-        list(search(rounds=0, note={"threads": 4, "torch": "1"}, run_dir=tmp_path))
-
-
-def test_foreign_directories_are_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="Expected a run directory or an empty one, got other files"):
-        list(search(run_dir=tmp_path))
-    with pytest.raises(NotADirectoryError, match=r"notes\.txt: Expected a run directory, got a file"):
-        list(search(run_dir=tmp_path / "notes.txt"))
-    (tmp_path / "config.json").write_text('{"architectures": ["other"]}')
-    with pytest.raises(ValueError, match=r"config\.json: Expected the configuration of a ticket search"):
-        list(search(run_dir=tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
-
-
-def test_a_kill_before_the_first_file_leaves_a_usable_directory(tmp_path):
-    (tmp_path / ".config.json.12ab34cd.partial").write_text("{")
-    list(search(rounds=0, run_dir=tmp_path))
-    assert not (tmp_path / ".config.json.12ab34cd.partial").exists()
-
-
-@pytest.mark.parametrize("file", ["trained.safetensors", "end.safetensors", "result.json"])
-def test_a_full_disk_loses_at_most_the_round(tmp_path, monkeypatch, file):
-    def write(path, *content, real):
-        if Path(path).name == file and "round_01" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, *content)
-
-    with monkeypatch.context() as patch:
-        for name in ("write_tensors", "write_json"):
-            real = getattr(store, name)
-            patch.setattr(store, name, lambda path, *content, real=real: write(path, *content, real=real))
-        with pytest.raises(OSError, match="No space left"):
-            run(run_dir=tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").glob("*round_*")) == ["round_00"]
-    seen, _ = run(run_dir=tmp_path / "run")
-    assert [r.number for r, *_ in seen] == [1, 2]
-    assert_equal(dense_state(seen[-1][0].model), dense_state(run()[0][-1][0].model))
-
-
-@pytest.mark.parametrize("file", ["start.safetensors", "round_00/trained.safetensors", "round_00/end.safetensors"])
-def test_damaged_files_of_a_run_are_named(tmp_path, file):
-    run(rounds=0, run_dir=tmp_path)
-    files.write_tensors(tmp_path / file, {"a": torch.ones(1)}, {})
-    with pytest.raises(ValueError, match=rf"{Path(file).name}: Expected"):
-        run(rounds=1, run_dir=tmp_path)
-    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-3])
-    with pytest.raises(ValueError, match=rf"{Path(file).name}: Expected a whole safetensors file"):
-        run(rounds=1, run_dir=tmp_path)
-
-
-# Bad arguments
-
-
-@pytest.mark.parametrize(
-    ("how", "why"),
-    [
-        ({"rounds": -1}, "Expected rounds as a whole number"),
-        ({"rounds": 1.5}, "Expected rounds as a whole number"),
-        ({"rounds": True}, "Expected rounds as a whole number"),
-        ({"rate": 1.5}, "Expected a share between 0 and 1, got 1.5"),
-        ({"rate": {"5": 0.1}}, r"0\.weight: Expected a share for every layer"),
-        ({"pattern": "diagonal"}, "Expected a pattern"),
-        ({"pattern": "2:4"}, "Expected rounds=1 with pattern '2:4'"),
-        ({"criterion": "luck"}, "Expected a criterion of magnitude, random or a function, got 'luck'"),
-        ({"scope": "local"}, "Expected scope 'global' or 'layer'"),
-        ({"rewind": "start"}, "Expected rewind"),
-        ({"impl": "coo"}, "Expected a format of dense"),
-        ({"exclude": "fc9"}, "fc9"),
-        ({"model": nn.ReLU()}, "Expected a model with a linear or convolution layer, got ReLU"),
-        ({"note": {"rate": 1}}, "Expected a note without the search's own names, got ..rate"),
-    ],
-)
-def test_bad_arguments_fail_before_anything_is_written(tmp_path, how, why):
-    with pytest.raises(ValueError, match=why):
-        search(run_dir=tmp_path / "run", **how)
-    assert not (tmp_path / "run").exists()
-
-
-def test_pruned_models_and_strange_notes_are_refused():
-    model = sk.convert(mlp(8, 6, 4), sk.prune(mlp(8, 6, 4), 0.5), impl="csr")
-    with pytest.raises(ValueError, match=r"fc1\.weight: Expected a dense weight, got a pruned one"):
-        search(model)
-    with pytest.raises(TypeError, match="Expected a note of JSON values"):
-        search(note={"x": object()})
-
-
-# The ledger
-
-
-def dataset() -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(300, 1, 4, 4, generator=generator)
-    y = (x.flatten(1) @ torch.randn(16, 3, generator=generator)).argmax(1)
-    return Dataset("made", 3, x[:200], y[:200], x[200:250], y[200:250], x[250:], y[250:], (0.0,), (1.0,))
-
-
-TRAINING = Training(iterations=30, batch_size=20, optimizer="adam", lr=1e-2, eval_every=10)
-
-
-def test_the_ledger_of_a_run(tmp_path):
-    data = dataset()
-    model = nn.Sequential(nn.Flatten(), mlp(16, 32, 3))
-    found = search(model, 2, rate=0.3, run_dir=tmp_path, example_inputs=data.train_x[:20], note={"seed": 0})
-    for round_ in found:
-        train_round(round_, data, TRAINING, fresh=nn.Sequential(nn.Flatten(), mlp(16, 32, 3)))
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary == found.summary and summary.keys() == {"config", "rounds", "total"}
-    assert summary["config"] == json.loads((tmp_path / "config.json").read_text()) == found.config
-    for number, row in enumerate(summary["rounds"]):
-        assert json.loads((tmp_path / f"round_{number:02d}" / "result.json").read_text()) == row
-        assert row["round"] == number and row["density"] == pytest.approx(0.7**number, abs=0.01)
-        assert 0.4 < row["test_accuracy"] <= 1 and row["val_loss"] > 0
-        assert row["early_stop_iteration"] in (10, 20, 30) and row["steps"] == 30
-        assert row["speedup"] == pytest.approx(row["masked_dense_seconds"] / row["train_seconds"])
-        assert row["speedup"] == pytest.approx(row["masked_dense_step_us"] / row["median_step_us"])
-        assert [layer["name"] for layer in row["layers"]] == ["1.fc1", "1.fc2"]
-        assert [layer["shape"] for layer in row["layers"]] == [[32, 16], [3, 32]]
-        assert {layer["format"] for layer in row["layers"]} == ({"csr"} if number else {"torch"})
-        inside = sum(layer["density"] * math.prod(layer["shape"]) for layer in row["layers"])
-        assert inside / (32 * 16 + 3 * 32) == pytest.approx(row["density"])
-    total, rounds = summary["total"], summary["rounds"]
-    for key in ("train_seconds", "masked_dense_seconds", "overhead_seconds"):
-        assert total[key] == pytest.approx(sum(row[key] for row in rounds)) and total[key] > 0
-    assert total["speedup"] == pytest.approx(total["masked_dense_seconds"] / total["train_seconds"])
-    assert total["seconds_saved"] == pytest.approx(total["masked_dense_seconds"] - total["train_seconds"])
-    report.check_summary(summary)
-
-
-def test_a_control_is_recorded_but_not_counted_as_training(monkeypatch):
-    data, model = dataset(), nn.Sequential(nn.Flatten(), mlp(16, 32, 3), nn.Dropout(0.1))
-    other = nn.Sequential(
-        nn.Flatten(), models.build("mlp:16-32-3", classes=3, input_shape=(16,), seed=9), nn.Dropout(0.1)
-    )
-    first, slow = other[1].fc1.weight.detach().clone(), 5.0
-
-    clock = [0.0]
-
-    def tick():
-        clock[0] += 1e-6
-        return clock[0]
-
-    real = fit
-
-    def fit_slowly(model, *args, **kwargs):
-        result = real(model, *args, **kwargs)
-        clock[0] += slow  # seconds that pass in this training, by our watch
-        return result
-
-    monkeypatch.setattr("sparsekit.ticket.train.fit", fit_slowly)
-    for module in ("train", "loop"):
-        monkeypatch.setattr(f"sparsekit.ticket.{module}.time.perf_counter", tick)
-    found = search(model, 1)
-    noise = []
-    for round_ in found:
-        train_round(round_, data, Training(4, 20, eval_every=2), fresh=other)
-        noise.append(torch.rand(1).item())
-    row = found.summary["rounds"][1]
-    assert "controls" not in found.summary["rounds"][0] and found.summary["rounds"][0].get("control_seconds") is None
-    assert row["controls"]["reinit"]["test_accuracy"] >= 0 and row["control_seconds"] == pytest.approx(slow, rel=0.01)
-    assert row["train_seconds"] < 0.01 and row["overhead_seconds"] == pytest.approx(slow, rel=0.01)  # the ticket's own
-    assert found.summary["total"]["control_seconds"] == row["control_seconds"]
-    assert torch.equal(other[1].fc1.weight, first)  # the control trained a copy
-    assert noise[0] == noise[1]  # and drew from other generators
-
-
-def test_seconds_are_the_loop_s_own_without_those_of_controls(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("sparsekit.ticket.loop.time.perf_counter", lambda: clock[0])
-    found = search(rounds=1)
-    for round_ in found:
-        clock[0] += 10
-        round_.record(control_seconds=4) if round_.number else round_.record(train_seconds=7)
-    dense, pruned = found.summary["rounds"]
-    assert (dense["train_seconds"], dense["overhead_seconds"]) == (7, 3)
-    assert (pruned["train_seconds"], pruned["overhead_seconds"]) == (6, 0)
-    assert (found.summary["total"]["train_seconds"], found.summary["total"]["control_seconds"]) == (13, 4)
-
-
-def test_a_control_has_the_ticket_s_masks_and_its_own_weights():
-    fresh = models.build("mlp:16-32-3", classes=3, input_shape=(16,), seed=9)
-    *_, round_ = search(mlp(16, 32, 3), 1, rate=0.5)
-    control = round_.variant(fresh)
-    assert_equal(sk.masks_of(control), round_.masks)
-    want = fresh.fc1.weight * round_.masks["fc1.weight"]
-    assert torch.equal(control.fc1.weight, want) and not torch.equal(control.fc1.weight, round_.model.fc1.weight)
-    with pytest.raises(ValueError, match=r"fc1\.weight: Expected a mask of shape"):
-        round_.variant(mlp(16, 30, 3))
-
-
-def test_metrics_of_many_kinds():
-    found = search(rounds=1)
-    for round_ in found:
-        round_.record(test_accuracy=torch.tensor(0.5), val_loss=float("nan"), extra={"a": [numpy.float32(1), 2, None]})
-        with pytest.raises(TypeError, match=r"model: Expected a number, text"):
-            round_.record(model=round_.model)
-        with pytest.raises(ValueError, match=r"got \['density'\]"):
-            round_.record(density=1)
-    row = found.summary["rounds"][1]
-    assert (row["test_accuracy"], row["val_loss"], row["extra"]) == (0.5, None, {"a": [1.0, 2, None]})
-    json.dumps(found.summary, allow_nan=False)
-
-
-def test_only_the_steps_of_the_round_are_counted(monkeypatch):
-    monkeypatch.setattr("sparsekit.ticket.loop.masked_dense_us", lambda *_: (100.0, 300.0))
-    _, found = run(rewind="4it", example_inputs=X[:4])
-    for row, steps in zip(found.summary["rounds"], (6, 2, 2), strict=True):
-        assert row["steps"] == steps
-        assert row["masked_dense_seconds"] - row["train_seconds"] == pytest.approx(steps * 200e-6)
-
-
-def test_without_examples_the_rival_is_unknown():
-    total = run(rounds=1)[1].summary["total"]
-    assert total["masked_dense_seconds"] is None is total["speedup"] is total["seconds_saved"]
-
-
-def test_the_masked_dense_twin_computes_the_same_and_keeps_its_zeros():
-    *_, round_ = search(rate=0.5)
-    model = round_.model.eval()
-    twin = ledger.masked_dense(model, round_.masks).eval()
-    assert isinstance(twin[5], ledger.MaskedLinear) and isinstance(twin[0], ledger.MaskedConv2d)
-    torch.testing.assert_close(twin(X), model(X), rtol=1e-5, atol=1e-6)
-    F.cross_entropy(twin(X), Y).backward()
-    F.cross_entropy(model(X), Y).backward()
-    for index in (0, 5, 7):
-        mask, grad = round_.masks[f"{index}.weight"], twin[index].weight.grad
-        assert not grad[~mask].any() and grad[mask].any()
-        torch.testing.assert_close(model[index].pack(grad), model[index].values.grad, rtol=1e-4, atol=1e-6)
-    ours, masked = ledger.masked_dense_us(model, round_.masks, X[:4])
-    assert ours > 0 and masked > 0
-
-
-# The command line's training loop
-
-
-def test_fit_finds_the_least_validation_loss(monkeypatch):
-    losses = iter([3.0, 1.0, 2.0])
-    states = []
-
-    def evaluate(model, x, y, batch=1000):
-        states.append(model[1].fc1.weight.detach().clone())
-        return (next(losses) if x is data.val_x else 0.0), len(states) / 10
-
-    monkeypatch.setattr("sparsekit.ticket.train.evaluate", evaluate)
-    data, model = dataset(), nn.Sequential(nn.Flatten(), mlp(16, 8, 3))
-    found = fit(model, data, TRAINING, lambda count, epoch: torch.arange(count))
-    assert (found.val_loss, found.early_stop_iteration, found.steps) == (1.0, 20, 30)
-    assert found.final_test_accuracy == 0.4 and found.test_accuracy == 0.5
-    assert torch.equal(states[4], states[1])  # tested with the weights of iteration 20
-    assert torch.equal(model[1].fc1.weight, states[3])  # and left with the last
-
-
-def test_fit_from_a_later_step_sees_the_batches_it_would_have_seen():
-    seen = []
-
-    class Spy(nn.Module):
-        def forward(self, x):
-            seen.append(x.detach().clone()) if self.training else None
-            return x
-
-    data, order = dataset(), lambda count, epoch: torch.arange(count).roll(epoch)
-    model = nn.Sequential(Spy(), nn.Flatten(), mlp(16, 8, 3))
-    fit(model, data, TRAINING, order)
-    whole, seen[:] = list(seen), []
-    fit(model, data, TRAINING, order, begin=lambda *_: 13)
-    assert len(whole) == 30 and len(seen) == 17
-    assert all(torch.equal(a, b) for a, b in zip(whole[13:], seen, strict=True))
-
-
-def test_schedules():
-    optimizer = sgd(nn.Linear(2, 2))
-    scheduler = Training(10, warmup=2, milestones=(4, 6)).make_scheduler(optimizer)
-    rates = []
-    for _ in range(8):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    assert Training(10).make_scheduler(optimizer) is None
-    with pytest.raises(ValueError, match="Expected optimizer 'adam' or 'sgd', got 'lion'"):
-        Training(10, optimizer="lion").make_optimizer(nn.Linear(2, 2))
 
 
 # Anyone's loop

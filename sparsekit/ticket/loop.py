@@ -8,7 +8,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import format as formats
+from ..criteria import batches_of, find, name_of
 from ..mask import Masks
 from ..nn import SparseModule, convert, dense_state, masks_of
 from ..pattern import Pattern
 from ..plan import explain
-from ..prune import CRITERIA, prunable, prune_step
+from ..prune import prunable, prune_step
+from ..schedule import check_rates
 from .ledger import masked_dense_us, summarize
 from .rewind import Rewind, Snapshot, check_optimizer, encode, get_rng, set_rng
 from .store import RunDir
@@ -132,15 +134,19 @@ class TicketSearch:
     """The iterable that :func:`tickets` returns; ``summary`` holds the ledger as it grows."""
 
     def __init__(
-        self, model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl, note
-    ):
+        self, model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl, note,
+        score_at, facts,
+    ):  # fmt: skip
+        if rounds is None:
+            rounds = len(rate) if isinstance(rate, list | tuple) else 12
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
             raise ValueError(f"Expected rounds as a whole number of pruning rounds, got {rounds!r}")
         self.rewind, self.pattern = Rewind.parse(rewind), Pattern.parse(pattern)
         if self.pattern.nm and rounds > 1:
             raise ValueError(f"Expected rounds=1 with pattern {pattern!r}, which fixes the sparsity, got {rounds}")
-        if not callable(criterion) and criterion not in CRITERIA:
-            raise ValueError(f"Expected a criterion of {', '.join(CRITERIA)} or a function, got {criterion!r}")
+        if score_at not in ("end", "init"):
+            raise ValueError(f"Expected score_at 'end' or 'init', got {score_at!r}")
+        find(criterion)
         if impl != "auto":
             formats.get(impl)
         exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
@@ -151,12 +157,16 @@ class TicketSearch:
             if hasattr(module, "survivors") or hasattr(module, "weight_orig"):
                 raise ValueError(f"{name}: Expected a dense weight, got a pruned one; sparsekit.to_dense gives it back")
         self._model, self._rounds = model, rounds
-        self._how = {"rate": rate, "pattern": self.pattern, "criterion": criterion, "scope": scope, "exclude": exclude}
+        self._rates, self._score_at = check_rates(rate, rounds), score_at
+        self._how = {"pattern": self.pattern, "criterion": criterion, "scope": scope, "exclude": exclude}
+        if facts["data"] is not None:
+            facts["data"] = batches_of(facts["data"])  # once: an iterator would be empty in the second round
+        self._how |= facts
         self._total = sum(module.weight.numel() for module in layers.values())
         self._rehearse()
         self._example_inputs, self._impl = example_inputs, impl
         self._run_dir = run_dir
-        self.config = self._configuration(note or {})
+        self.config = self._configuration(rate, note or {})
         self.point: Snapshot | None = None
         self.end: dict[str, Any] = {}
         self.order_seed = 0
@@ -167,24 +177,27 @@ class TicketSearch:
         rng = get_rng()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            prune_step(self._model, {}, **self._how)
+            for rate in {repr(rate): rate for rate in self._rates or [0.0]}.values():
+                prune_step(self._model, {}, rate, **self._how | {"init": self._model.state_dict(), "steps": 1})
         set_rng(rng)
 
-    def _configuration(self, note: Mapping[str, Any]) -> dict[str, Any]:
+    def _configuration(self, rate: Any, note: Mapping[str, Any]) -> dict[str, Any]:
         """What was asked for, JSON-ready."""
         how = self._how
-        rate, criterion = how["rate"], how["criterion"]
         config = {
             "rounds": self._rounds,
             "rate": dict(rate) if isinstance(rate, Mapping) else rate,
             "pattern": str(self.pattern),
-            "criterion": getattr(criterion, "__name__", type(criterion).__name__) if callable(criterion) else criterion,
+            "criterion": name_of(how["criterion"]),
             "scope": how["scope"],
             "rewind": _text(self.rewind),
             "exclude": list(how["exclude"]),
             "impl": self._impl,
             "parameters": {name: list(tensor.shape) for name, tensor in self._model.state_dict().items()},
         }
+        # What is not asked for is not written, so that runs that began before it could be go on.
+        config |= {key: how[key] for key in ("steps", "least") if how[key]}
+        config |= {"score_at": self._score_at} if self._score_at != "end" else {}
         if taken := config.keys() & note.keys():
             raise ValueError(f"Expected a note without the search's own names, got {sorted(taken)}")
         try:
@@ -246,7 +259,11 @@ class TicketSearch:
         trained, masks, self.end = self._run.load_last(number - 1)
         model.load_state_dict(trained)
         set_rng(self.end["rng"])  # a random criterion draws the same after a resume
-        masks = prune_step(model, masks, **self._how)
+        if self._score_at == "init":
+            model.load_state_dict(start.model)
+        masks = prune_step(model, masks, self._rates[number - 1], **self._how, init=start.model)
+        if self._score_at == "init":
+            model.load_state_dict(trained)
         if self.rewind.kind == "weights":
             model.load_state_dict(self.point.model)
         # Formats round differently and are chosen by the clock: a round that was begun keeps those it had.
@@ -289,11 +306,11 @@ class TicketSearch:
 
 def tickets(
     model: nn.Module,
-    rounds: int = 12,
-    rate: float | Mapping[str, float] = 0.2,
+    rounds: int | None = None,
+    rate: float | Mapping[str, float] | Sequence = 0.2,
     pattern: str = "unstructured",
     criterion: str | Callable = "magnitude",
-    scope: str = "layer",
+    scope: str | Sequence = "layer",
     rewind: str = "init",
     run_dir: str | Path | None = None,
     *,
@@ -301,6 +318,11 @@ def tickets(
     example_inputs: Any = None,
     impl: str = "auto",
     note: Mapping[str, Any] | None = None,
+    score_at: str = "end",
+    steps: int | None = None,
+    least: int = 0,
+    data: Any = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> TicketSearch:
     """Search for a winning ticket: ``for round in tickets(model): train(round.model)``.
 
@@ -310,8 +332,10 @@ def tickets(
     when the loop asks for the next one; ``break`` or an exception gives the round up.
 
     Args:
+        rounds: pruning rounds after the dense one; None takes as many as ``rate`` has entries, or 12.
         rate, pattern, criterion, scope, exclude: as in :func:`sparsekit.prune`, ``rate`` being a share
-            of the survivors; per layer as a dict (``{"*": 0.2, "fc3": 0.1}``, last match wins).
+            of the survivors; per layer as a dict (``{"*": 0.2, "fc3": 0.1}``, last match wins), per round as
+            a list, which :func:`sparsekit.schedule` makes.
         rewind: ``"init"``; a step ``"500it"`` or ``"2ep"`` (see :meth:`Round.begin`); ``"lr"`` keeps
             the trained weights and replays the schedule; ``"none"`` fine-tunes on.
         run_dir: where every finished round leaves its files; relaunched with the same arguments, the
@@ -322,12 +346,16 @@ def tickets(
             where the loop counts its own by :meth:`Round.step`.
         impl: force one format, as in :func:`sparsekit.convert`.
         note: JSON values kept in the run's configuration (data set, seed, …) and compared on relaunch.
+        score_at: ``"end"`` scores the weights that the round before trained, ``"init"`` the first ones, for
+            pruning at initialisation (SNIP, GraSP, SynFlow).
+        steps, least, data, loss: as in :func:`sparsekit.prune`; ``layer.init`` holds the first weights.
 
     Raises: ValueError on bad arguments, or a run directory of another configuration, before training.
     """
     return TicketSearch(
-        model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl, note
-    )
+        model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl, note,
+        score_at, {"steps": steps, "least": least, "data": data, "loss": loss},
+    )  # fmt: skip
 
 
 def _text(rewind: Rewind) -> str:
