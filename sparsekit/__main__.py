@@ -46,12 +46,32 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument("--epochs", type=int, help="length of each training in epochs")
     length.add_argument("--iterations", type=int, help="length of each training in steps (default: the paper's)")
     ticket.add_argument("--pattern", default="unstructured", help="unstructured, block:RxC, N:M or channel")
-    ticket.add_argument("--criterion", default="magnitude", help="magnitude or random")
-    ticket.add_argument("--scope", default="layer", choices=("layer", "global"))
+    ticket.add_argument(
+        "--criterion", default="magnitude",
+        help="magnitude, random, snip, grasp, synflow, taylor, lamp, layer_l2, movement, … (any registered)",
+    )  # fmt: skip
+    ticket.add_argument(
+        "--score-at", default="end", choices=("end", "init"), help="score trained weights, or the first ones"
+    )
+    ticket.add_argument("--density", type=float, help="share of weights left after the last round, in place of --rate")
+    ticket.add_argument(
+        "--schedule", default="geometric", choices=("geometric", "cubic", "linear", "one-shot"),
+        help="how --density is reached",
+    )  # fmt: skip
+    ticket.add_argument(
+        "--scope", choices=("layer", "global", "er", "erk"), help="what is ranked together (default: the paper's)"
+    )
+    ticket.add_argument("--least", type=int, default=0, help="weights that every layer keeps at least")
     ticket.add_argument("--rewind", default="init", help="init, 500it, 2ep, lr or none")
-    ticket.add_argument("--control", default="none", choices=("none", "reinit"), help="a control beside each ticket")
+    ticket.add_argument(
+        "--control", default="none", metavar="C,C,…",
+        help="controls beside each ticket, of reinit, random, shuffle, noise:SIGMAS, signs; named twice, trained twice",
+    )  # fmt: skip
     ticket.add_argument("--impl", default="auto", help="force one format: dense, compact or csr")
     ticket.add_argument("--seed", type=int, default=0)
+    ticket.add_argument(
+        "--seeds", type=int, default=1, help="replicates, each in OUT/seed_N; the verdict then has intervals"
+    )
     ticket.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     ticket.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     ticket.add_argument("--out", type=Path, required=True, help="run directory; an unfinished run goes on")

@@ -197,6 +197,13 @@ def test_a_small_convolutional_net(tmp_path):
         (["--threads", "0"], "Expected --threads of at least 1, got 0"),
         (["--rate", "1.5"], "Expected --rate in [0, 1), got 1.5"),
         (["--rate", "nan"], "Expected --rate in [0, 1), got nan"),
+        (["--density", "1.5"], "Expected a density between 0 and 1, got 1.5"),
+        (["--density", "0.1", "--rate", "0.2"], "Expected --rate or --density, got both"),
+        (["--schedule", "cubic"], "Expected --density with --schedule cubic, got none"),
+        (["--seeds", "0"], "Expected --seeds of at least 1, got 0"),
+        (["--control", "reinit,luck"], "Expected controls of reinit, random, shuffle, noise, signs (noise:SIGMAS)"),
+        (["--control", "noise:loud"], "Expected noise:SIGMAS with a number, got 'noise:loud'"),
+        (["--least", "-1"], "Expected least as a whole number of at least 0, got -1"),
         (["--impl", "coo"], "Expected a format of dense, compact, csr, bsr, panel, bitmap, nm"),
     ],
 )

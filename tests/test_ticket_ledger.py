@@ -26,7 +26,7 @@ def test_the_ledger_of_a_run(tmp_path):
     model = nn.Sequential(nn.Flatten(), mlp(16, 32, 3))
     found = search(model, 2, rate=0.3, run_dir=tmp_path, example_inputs=data.train_x[:20], note={"seed": 0})
     for round_ in found:
-        train_round(round_, data, TRAINING, fresh=nn.Sequential(nn.Flatten(), mlp(16, 32, 3)))
+        train_round(round_, data, TRAINING, controls=["reinit"])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary == found.summary and summary.keys() == {"config", "rounds", "total"}
     assert summary["config"] == json.loads((tmp_path / "config.json").read_text()) == found.config
@@ -76,7 +76,7 @@ def test_a_control_is_recorded_but_not_counted_as_training(monkeypatch):
     found = search(model, 1)
     noise = []
     for round_ in found:
-        train_round(round_, data, Training(4, 20, eval_every=2), fresh=other)
+        train_round(round_, data, Training(4, 20, eval_every=2), None, ["reinit"], lambda seed: other)
         noise.append(torch.rand(1).item())
     row = found.summary["rounds"][1]
     assert "controls" not in found.summary["rounds"][0] and found.summary["rounds"][0].get("control_seconds") is None

@@ -5,59 +5,112 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .. import data as datasets
 from .. import device, models
+from ..data import Dataset
+from ..files import write_json
 from ..report import ledger_table
-from .loop import tickets
+from ..schedule import KINDS, schedule
+from .controls import parse
+from .loop import plain, tickets
 from .rewind import Rewind
 from .train import Training, train_round
+from .verdict import study, verdict_table
 
 __all__ = ["search"]
 
+_SCORED_IMAGES, _SCORED_BATCH = 1024, 128  # what criteria that read gradients see
+
 
 def search(args: Namespace) -> dict:
-    """Run the search that ``args`` describes; prints the ledger and returns the summary."""
+    """Run the search that ``args`` describes; prints the ledger and returns the summary.
+
+    With several seeds each has a run directory of its own, and the study over them is returned.
+    """
     _check(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    data = datasets.load(args.data, args.data_dir, seed=args.seed)
-    shape, classes = tuple(data.train_x.shape[1:]), data.classes
-    model = models.build(args.model, classes=classes, input_shape=shape, seed=args.seed).to(args.device)
-    data = data.to(args.device)
+    if args.seeds == 1:
+        found = _search(args, args.seed, args.out)
+        summaries, result = [found], found
+    else:
+        seeds = range(args.seed, args.seed + args.seeds)
+        summaries = [_search(args, seed, Path(args.out) / f"seed_{seed}") for seed in seeds]
+        result = {"seeds": list(seeds), "config": summaries[0]["config"]}
+    if args.seeds > 1 or _controls(args):
+        rounds = study(summaries)
+        print(verdict_table(rounds))
+        if args.seeds > 1:
+            result["rounds"] = plain("study", rounds)
+            write_json(Path(args.out) / "study.json", result)
+    print(f"run directory: {Path(args.out)}")
+    return result
+
+
+def _search(args: Namespace, seed: int, out: Path) -> dict:
+    data = datasets.load(args.data, args.data_dir, seed=seed).to(args.device)
     training = _training(args, len(data.train_y))
+
+    def build(seed: int) -> nn.Module:
+        shape = tuple(data.train_x.shape[1:])
+        return models.build(args.model, classes=data.classes, input_shape=shape, seed=seed).to(args.device)
+
+    controls = _controls(args)
+    run = _tickets(args, seed, out, data, training, build(seed))
+    for round_ in run:
+        with _bar(training.iterations, f"round {round_.number} ({100 * round_.density:.1f} % left)") as bar:
+            train_round(round_, data, training, lambda done, bar=bar: bar.update(done - bar.n), controls, build, seed)
+    print(ledger_table(run.summary))
+    return run.summary
+
+
+def _tickets(args: Namespace, seed: int, out: Path, data: Dataset, training: Training, model: nn.Module):
     rewind = Rewind.parse(args.rewind)
     if rewind.kind == "weights" and rewind.step(len(data.train_y) // training.batch_size) >= training.iterations:
         raise ValueError(f"Expected --rewind to a step before the last, {training.iterations}, got {args.rewind}")
-    rate, exclude = models.rates(args.model, args.rate), ()
-    if args.pattern == "channel":  # a channel of the output layer is a class
-        exclude = (models.output_layer(model),)
-        rate.pop(exclude[0], None)
-    if args.scope == "global":
-        rate = rate["*"]
-    torch.manual_seed(args.seed)
-    run = tickets(
-        model, args.rounds, rate, args.pattern, args.criterion, args.scope, args.rewind, args.out,
+    rounds, rate, exclude, scope = _rates(args, model)
+    torch.manual_seed(seed)
+    later = {key: getattr(training, key) for key in ("momentum", "weight_decay", "warmup", "milestones")}
+    return tickets(
+        model, rounds, rate, args.pattern, args.criterion, scope, args.rewind, out,
         exclude=exclude, example_inputs=data.train_x[: training.batch_size], impl=args.impl,
+        score_at=args.score_at, least=args.least, data=_scored(data, seed),
         note={
-            "model": args.model, "data": args.data, "note": data.note, "seed": args.seed, "device": args.device,
+            "model": args.model, "data": args.data, "note": data.note, "seed": seed, "device": args.device,
             "iterations": training.iterations, "batch_size": training.batch_size, "optimizer": training.optimizer,
             "lr": training.lr, "threads": torch.get_num_threads(), "control": args.control,
             "cpu": device.cpu()["model"], "torch": torch.__version__,
-        },
+        } | {key: value for key, value in later.items() if value},
     )  # fmt: skip
-    for round_ in run:
-        with _bar(training.iterations, f"round {round_.number} ({100 * round_.density:.1f} % left)") as bar:
-            fresh = None
-            if args.control == "reinit" and round_.number:
-                seed = args.seed + 1000 + round_.number  # never the seed of the ticket's own weights
-                fresh = models.build(args.model, classes=classes, input_shape=shape, seed=seed).to(args.device)
-            train_round(round_, data, training, lambda done, bar=bar: bar.update(done - bar.n), fresh)
-    print(ledger_table(run.summary))
-    print(f"run directory: {Path(args.out)}")
-    return run.summary
+
+
+def _rates(args: Namespace, model: nn.Module) -> tuple[int, Any, tuple[str, ...], str]:
+    """Rounds, rates, layers to leave dense and scope, from the options and the model's recipe."""
+    table = models.rates(args.model, args.rate)
+    scope = args.scope or models.recipe(args.model).scope
+    exclude = {name for name, rate in table.items() if rate == 0} if args.rate != 0 else set()
+    if args.pattern == "channel":  # a channel of the output layer is a class
+        exclude.add(models.output_layer(model))
+    table = {name: rate for name, rate in table.items() if name not in exclude}
+    if args.density is not None:
+        rates = schedule(args.density, args.rounds, args.schedule)
+        return len(rates), rates, tuple(exclude), scope
+    return args.rounds, table if scope == "layer" else table["*"], tuple(exclude), scope
+
+
+def _scored(data: Dataset, seed: int) -> list[tuple[Tensor, Tensor]]:
+    order = torch.randperm(len(data.train_y), generator=torch.Generator().manual_seed(seed))[:_SCORED_IMAGES]
+    order = order.to(data.train_y.device)
+    return list(zip(data.train_x[order].split(_SCORED_BATCH), data.train_y[order].split(_SCORED_BATCH), strict=True))
+
+
+def _controls(args: Namespace) -> list[str]:
+    return [] if args.control == "none" else args.control.split(",")
 
 
 def _check(args: Namespace) -> None:
@@ -65,19 +118,31 @@ def _check(args: Namespace) -> None:
         raise ValueError("Expected --device cpu, got cuda: torch sees no CUDA device here (see sparsekit info)")
     if args.rate is not None and not 0 <= args.rate < 1:
         raise ValueError(f"Expected --rate in [0, 1), got {args.rate}")
-    for option in ("epochs", "iterations", "threads"):
+    if args.rate is not None and args.density is not None:
+        raise ValueError("Expected --rate or --density, got both")
+    if args.schedule != KINDS[0] and args.density is None:
+        raise ValueError(f"Expected --density with --schedule {args.schedule}, got none")
+    for option in ("epochs", "iterations", "threads", "seeds"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise ValueError(f"Expected --{option} of at least 1, got {value}")
+    for text in _controls(args):
+        parse(text)
 
 
 def _training(args: Namespace, images: int) -> Training:
+    """The model's recipe; in a shorter training warm-up and milestones come as much sooner."""
     recipe = models.recipe(args.model)
     iterations = recipe.iterations if args.iterations is None else args.iterations
     if args.epochs is not None:
         iterations = args.epochs * max(1, images // recipe.batch_size)
+
+    def scaled(step: int) -> int:
+        return step * iterations // recipe.iterations
+
     return Training(
-        iterations, min(recipe.batch_size, images), recipe.optimizer, recipe.lr, eval_every=recipe.eval_every
-    )
+        iterations, min(recipe.batch_size, images), recipe.optimizer, recipe.lr, recipe.momentum, recipe.weight_decay,
+        recipe.eval_every, scaled(recipe.warmup), tuple(map(scaled, recipe.milestones)),
+    )  # fmt: skip
 
 
 def _bar(total: int, text: str):

@@ -23,11 +23,12 @@ from ..pattern import Pattern
 from ..plan import explain
 from ..prune import prunable, prune_step
 from ..schedule import check_rates
+from .controls import control, parse
 from .ledger import masked_dense_us, summarize
 from .rewind import Rewind, Snapshot, check_optimizer, encode, get_rng, set_rng
 from .store import RunDir
 
-__all__ = ["Round", "TicketSearch", "tickets"]
+__all__ = ["Round", "TicketSearch", "plain", "tickets"]
 
 _OWN_METRICS = {"round", "density", "layers", "speedup", "overhead_seconds"}
 
@@ -93,11 +94,40 @@ class Round:
         """
         if own := _OWN_METRICS & metrics.keys():
             raise ValueError(f"Expected metrics other than {', '.join(sorted(_OWN_METRICS))}, got {sorted(own)}")
-        self.metrics.update({name: _plain(name, value) for name, value in metrics.items()})
+        self.metrics.update({name: plain(name, value) for name, value in metrics.items()})
 
-    def variant(self, fresh: nn.Module) -> nn.Module:
-        """A copy of ``fresh``, a dense model of the same architecture, under this round's masks: for control runs."""
-        return self._search.convert(copy.deepcopy(fresh), self.masks, _formats(self.model))
+    def variant(self, fresh: nn.Module, masks: Masks | None = None) -> nn.Module:
+        """A copy of ``fresh``, a dense model of the same architecture, under this round's masks: for control runs.
+
+        Under the round's own masks in the round's formats; under other ``masks`` planned anew.
+        """
+        formats = _formats(self.model) if masks is None else {}
+        return self._search.convert(copy.deepcopy(fresh), self.masks if masks is None else masks, formats)
+
+    def control(self, text: str, seed: int, fresh: nn.Module | None = None) -> tuple[nn.Module, Callable[..., int]]:
+        """A control of this round, sparse like the ticket, and its ``begin(optimizer, scheduler, …)``.
+
+        Args:
+            text: ``"reinit"``, ``"random"``, ``"shuffle"``, ``"noise:0.5"`` or ``"signs"`` (see ``controls``).
+            fresh: a newly initialised model for ``"reinit"``; None deals the first weights out anew.
+
+        ``begin`` returns the step to train from: the rewind point with the optimizer's state there, or 0 for
+        ``"reinit"``, whose weights have not been trained at all.
+        """
+        search, new = self._search, parse(text)[0] == "reinit"
+        point = search.start if new or search.point is None else search.point
+        given = None if fresh is None else fresh.state_dict()
+        state, masks = control(text, point.model, self.masks, seed, search.pattern, given)
+        model = copy.deepcopy(search.model)
+        model.load_state_dict(state)
+
+        def begin(optimizer=None, scheduler=None, steps_per_epoch: int | None = None) -> int:
+            if point.step:
+                point.restore_optimizer(sparse, optimizer, scheduler)
+            return point.step
+
+        sparse = self.variant(model, None if masks is self.masks else masks)
+        return sparse, begin
 
     def permutation(self, count: int, epoch: int) -> Tensor:
         """A data order that depends on the epoch alone: the same in every round and after a resume."""
@@ -156,7 +186,7 @@ class TicketSearch:
         for name, module in layers.items():
             if hasattr(module, "survivors") or hasattr(module, "weight_orig"):
                 raise ValueError(f"{name}: Expected a dense weight, got a pruned one; sparsekit.to_dense gives it back")
-        self._model, self._rounds = model, rounds
+        self.model, self._rounds = model, rounds
         self._rates, self._score_at = check_rates(rate, rounds), score_at
         self._how = {"pattern": self.pattern, "criterion": criterion, "scope": scope, "exclude": exclude}
         if facts["data"] is not None:
@@ -167,6 +197,7 @@ class TicketSearch:
         self._example_inputs, self._impl = example_inputs, impl
         self._run_dir = run_dir
         self.config = self._configuration(rate, note or {})
+        self.start: Snapshot | None = None
         self.point: Snapshot | None = None
         self.end: dict[str, Any] = {}
         self.order_seed = 0
@@ -178,7 +209,7 @@ class TicketSearch:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for rate in {repr(rate): rate for rate in self._rates or [0.0]}.values():
-                prune_step(self._model, {}, rate, **self._how | {"init": self._model.state_dict(), "steps": 1})
+                prune_step(self.model, {}, rate, **self._how | {"init": self.model.state_dict(), "steps": 1})
         set_rng(rng)
 
     def _configuration(self, rate: Any, note: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,7 +224,7 @@ class TicketSearch:
             "rewind": _text(self.rewind),
             "exclude": list(how["exclude"]),
             "impl": self._impl,
-            "parameters": {name: list(tensor.shape) for name, tensor in self._model.state_dict().items()},
+            "parameters": {name: list(tensor.shape) for name, tensor in self.model.state_dict().items()},
         }
         # What is not asked for is not written, so that runs that began before it could be go on.
         config |= {key: how[key] for key in ("steps", "least") if how[key]}
@@ -223,9 +254,10 @@ class TicketSearch:
         self._run = run = RunDir(self._run_dir, self.config)
         start = run.snapshot("start")
         if start is None:
-            start = Snapshot.take(0, self._model)
+            start = Snapshot.take(0, self.model)
             run.keep_snapshot("start", start)
         self._check_start(start)
+        self.start = start
         late = self.rewind.kind == "weights" and self.rewind.count > 0
         self.point = run.snapshot("rewind") if late else start
         self.order_seed = int(hashlib.sha256(start.rng["torch"].numpy().tobytes()).hexdigest()[:12], 16)
@@ -251,7 +283,7 @@ class TicketSearch:
             raise ValueError(f"{self._run_dir}: Expected a start of this model's shapes, got another model's")
 
     def _open_round(self, number: int, start: Snapshot) -> Round:
-        model = copy.deepcopy(self._model)
+        model = copy.deepcopy(self.model)
         if number == 0:
             model.load_state_dict(start.model)
             set_rng(start.rng)
@@ -382,14 +414,14 @@ def _resume_rates(optimizer, scheduler, end: dict[str, Any]) -> None:
         scheduler.load_state_dict(end["scheduler"])
 
 
-def _plain(name: str, value: Any) -> Any:
-    """A metric as a JSON value."""
+def plain(name: str, value: Any) -> Any:
+    """A metric as a JSON value; what is not finite becomes None."""
     if hasattr(value, "item") and math.prod(value.shape) == 1:  # a tensor's or numpy's
         value = value.item()
     if isinstance(value, Mapping):
-        return {str(key): _plain(f"{name}.{key}", item) for key, item in value.items()}
+        return {str(key): plain(f"{name}.{key}", item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(name, item) for item in value]
+        return [plain(name, item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):

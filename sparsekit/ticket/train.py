@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -23,7 +23,11 @@ _SAMPLES, _SAMPLE_STEPS, _WARM_STEPS = 3, 30, 5
 
 @dataclass(frozen=True)
 class Training:
-    """Hyperparameters of one training; ``iterations`` in steps, ``milestones`` divide the rate by ten."""
+    """Hyperparameters of one training; ``iterations`` in steps, ``milestones`` divide the rate by ten.
+
+    ``augment`` crops images at random after padding them by so many pixels, and mirrors half of them; it
+    draws from torch's generator.
+    """
 
     iterations: int
     batch_size: int = 60
@@ -34,6 +38,7 @@ class Training:
     eval_every: int = 100
     warmup: int = 0
     milestones: tuple[int, ...] = ()
+    augment: int = 0
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over ``model``'s parameters, fused."""
@@ -89,6 +94,17 @@ def make_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[T
             parameter.grad = None
 
     return step
+
+
+def _augmented(x: Tensor, padding: int) -> Tensor:
+    """Each image ``[C, H, W]`` cropped at a place of its own from zero padding, and mirrored or not."""
+    count, channels, height, width = x.shape
+    padded = F.pad(x, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, count, 1), device=x.device)
+    rows, columns = torch.arange(height, device=x.device) + top, torch.arange(width, device=x.device) + left
+    columns = torch.where(torch.rand(count, 1, device=x.device) < 0.5, columns, columns.flip(1))
+    image, channel = torch.arange(count, device=x.device), torch.arange(channels, device=x.device)
+    return padded[image.view(-1, 1, 1, 1), channel.view(1, -1, 1, 1), rows[:, None, :, None], columns[:, None, None, :]]
 
 
 @torch.no_grad()
@@ -154,7 +170,8 @@ def fitting(
             sample_seconds += clock - now
         batch = perm[iteration % per_epoch]
         tick = time.perf_counter()
-        step(data.train_x.index_select(0, batch), data.train_y.index_select(0, batch))
+        x = data.train_x.index_select(0, batch)
+        step(_augmented(x, training.augment) if training.augment else x, data.train_y.index_select(0, batch))
         if scheduler is not None:
             scheduler.step()
         if on_step is not None:
@@ -198,10 +215,20 @@ def _accuracy_with(model: nn.Module, state: list[Tensor], data: Dataset) -> floa
     return accuracy
 
 
-def train_round(round_: Round, data: Dataset, training: Training, progress=None, fresh: nn.Module | None = None) -> Fit:
-    """Train a round, time masked-dense steps beside it, and record the ledger's line.
+def train_round(
+    round_: Round,
+    data: Dataset,
+    training: Training,
+    progress: Callable[[int], None] | None = None,
+    controls: Sequence[str] = (),
+    fresh: Callable[[int], nn.Module] | None = None,
+    seed: int = 0,
+) -> Fit:
+    """Train a round, time masked-dense steps beside it, train its controls, and record the ledger's line.
 
-    ``fresh`` is a newly initialised dense model for the re-initialised control, or None for no control.
+    ``controls`` are names as in :meth:`Round.control`, a name given n times being trained with n seeds;
+    ``fresh(seed)`` builds a newly initialised dense model for ``"reinit"``. The line holds the means of a
+    control's runs, and the ``runs`` themselves where there are several.
     """
     samples: list[float] = []
     sample = _masked_sampler(round_, data, training, samples)
@@ -210,12 +237,26 @@ def train_round(round_: Round, data: Dataset, training: Training, progress=None,
     # Median against median: other processes slow a few steps down a lot, and a sample would miss most of them.
     masked_seconds = result.train_seconds * masked_us / max(result.median_step_us, 1e-3)
     round_.record(**asdict(result), masked_dense_step_us=masked_us, masked_dense_seconds=masked_seconds)
-    if fresh is not None and round_.masks:
+    if controls and round_.masks:
         start = time.perf_counter()
         with torch.random.fork_rng():  # the next round must not depend on whether there are controls
-            control = fit(round_.variant(fresh), data, training, round_.permutation)
-        round_.record(controls={"reinit": asdict(control)}, control_seconds=time.perf_counter() - start)
+            found = _train_controls(round_, data, training, controls, fresh, seed)
+        round_.record(controls=found, control_seconds=time.perf_counter() - start)
     return result
+
+
+def _train_controls(round_, data, training, controls, fresh, seed) -> dict[str, dict]:
+    runs: dict[str, list[dict]] = {}
+    for text in controls:
+        done = runs.setdefault(text, [])
+        own = seed + 1000 + round_.number + 100_000 * len(done)  # never the seed of the ticket's own weights
+        new = fresh(own) if text == "reinit" and fresh is not None else None
+        model, begin = round_.control(text, own, new)
+        done.append(asdict(fit(model, data, training, round_.permutation, begin)))
+    return {
+        text: each[0] if len(each) == 1 else {k: statistics.fmean(r[k] for r in each) for k in each[0]} | {"runs": each}
+        for text, each in runs.items()
+    }
 
 
 def _masked_sampler(round_: Round, data: Dataset, training: Training, samples: list[float]) -> Callable[[], None]:
