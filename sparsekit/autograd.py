@@ -19,14 +19,17 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, values, bias, fmt: Format, shape, index: Index):
-        ctx.save_for_backward(x, values)
-        ctx.rest = fmt, shape, index  # constants of the layer: cheaper here than among the saved tensors
+        # Constants of the layer are cheaper beside the saved tensors, but compiled autograd loses them there.
+        traced = torch.compiler.is_compiling()
+        ctx.save_for_backward(x, values, *(index if traced else ()))
+        ctx.rest = fmt, shape, None if traced else index
         return fmt.linear(x, values, bias, index, shape)
 
     @staticmethod
     def backward(ctx, dy):
-        x, values = ctx.saved_tensors
+        x, values, *saved = ctx.saved_tensors
         fmt, shape, index = ctx.rest
+        index = tuple(saved) if index is None else index
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             dx = dy @ _weight(fmt, values, index, shape) if needs[0] else None
@@ -43,14 +46,16 @@ class Conv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, values, bias, fmt: Format, shape, index: Index, conv: Conv):
-        ctx.save_for_backward(x, values)
-        ctx.rest = fmt, shape, index, conv
+        traced = torch.compiler.is_compiling()
+        ctx.save_for_backward(x, values, *(index if traced else ()))
+        ctx.rest = fmt, shape, None if traced else index, conv
         return fmt.conv2d(x, values, bias, index, shape, conv)
 
     @staticmethod
     def backward(ctx, dy):
-        x, values = ctx.saved_tensors
+        x, values, *saved = ctx.saved_tensors
         fmt, shape, index, conv = ctx.rest
+        index = tuple(saved) if index is None else index
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             weight = _weight(fmt, values, index, shape)

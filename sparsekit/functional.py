@@ -5,13 +5,25 @@ from __future__ import annotations
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .autograd import Conv2dFunction, LinearFunction
 from .format import Conv, Format, Index
 from .kernels.reference import activate
 
-__all__ = ["sparse_conv2d", "sparse_linear"]
+__all__ = ["sparse_conv2d", "sparse_linear", "transformed"]
+
+
+def transformed() -> bool:
+    """Whether a transform is at work that knows torch's own operators only.
+
+    ``torch.func`` (vmap, grad, jvp, …), forward-mode differentiation and ``torch.jit.trace``: under them layers
+    compute through their dense weight, exactly and at a dense layer's speed.
+    """
+    active, tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+    return active() or forward_ad._current_level >= 0 or tracing() is not None
 
 
 def sparse_linear(
@@ -33,6 +45,8 @@ def sparse_linear(
     size = x.shape
     if not size or size[-1] != shape[1]:
         raise ValueError(f"Expected an input of shape [..., {shape[1]}], got {list(size)}")
+    if transformed():
+        return activate(F.linear(x, _weight(values, index, shape, fmt), bias), activation)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch raises on meta
         x, values, bias = _autocast(x, values, bias)
     if len(size) != 2:
@@ -71,6 +85,8 @@ def sparse_conv2d(
         kernel = conv.dilation[i] * (shape[2 + i] - 1) + 1
         if extent < kernel:
             raise ValueError(f"Expected a padded input of at least {kernel} along axis {i - 2}, got {extent}")
+    if transformed():
+        return activate(F.conv2d(x, _weight(values, index, shape, fmt), bias, *conv), activation)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch raises on meta
         x, values, bias = _autocast(x, values, bias)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
@@ -83,6 +99,11 @@ def sparse_conv2d(
     if activation != "none":
         y = activate(y, activation)
     return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _weight(values: Tensor, index: Index, shape: torch.Size, fmt: Format) -> Tensor:
+    named = {name: tensor for name, tensor in zip(fmt.index_names, index, strict=True) if tensor is not None}
+    return fmt.scatter(values, named, torch.Size(shape))
 
 
 def _differentiable(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:

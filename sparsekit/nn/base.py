@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import format as formats
+from ..functional import transformed
 from ..mask import check_masks
 
 __all__ = ["SparseModule"]
@@ -91,7 +92,7 @@ class SparseModule(nn.Module):
     def _index(self, x: Tensor) -> formats.Index:
         buffers, names = self._buffers, self.format.index_names
         missing = x.requires_grad and buffers[names[-1]] is None and self.format.derived_names
-        if missing and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if missing and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or transformed()):
             self.derive()
         return tuple([buffers[name] for name in names])
 
