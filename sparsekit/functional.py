@@ -50,6 +50,9 @@ def sparse_linear(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch raises on meta
         x, values, bias = _autocast(x, values, bias)
     if len(size) != 2:
+        if x.is_nested:  # jagged: the rows of all sequences lie one after the other
+            y = sparse_linear(x.values(), values, index, shape, fmt, bias, activation)
+            return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), x._ragged_idx)
         x = x.reshape(prod(size[:-1]), shape[1])  # -1 is ambiguous when a layer has no inputs
     if torch.is_grad_enabled() and _differentiable(x, values, bias):
         y = LinearFunction.apply(x, values, bias, fmt, shape, index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import format as formats
 from ..functional import transformed
@@ -75,6 +75,28 @@ class SparseModule(nn.Module):
             self.values.data = values
             self.values.grad = None
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the survivors and the bias as the dense layer does, from the same random numbers."""
+        if self.values.is_meta:
+            return
+        dense = self._empty_dense().to(self.values.dtype).to_empty(device=self.values.device)
+        dense.reset_parameters()
+        self.values.copy_(self.pack(dense.weight))
+        if self.bias is not None:
+            self.bias.copy_(dense.bias)
+
+    def _apply(self, fn, recurse=True):
+        def keeping_index(tensor):  # module.type() asks for another dtype of every buffer
+            moved = fn(tensor)
+            return moved if tensor.is_floating_point() or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keeping_index, recurse)
+
+    def _traced(self, x: fx.Proxy) -> fx.Proxy:
+        """Stand in a graph of torch.fx as one call, as torch's own layers do."""
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+
     def derive(self) -> None:
         """Build the index tensors that the input gradient needs; done by itself when one is first asked for."""
         index = {name: self._buffers[name] for name in formats.saved_names(self.format)}
@@ -83,6 +105,8 @@ class SparseModule(nn.Module):
     def _explain(self, error: Exception, x: Tensor) -> Exception:
         """The error of a failed call, in words that name the layer where the input is to blame."""
         name = self.layer_name or type(self).__name__
+        if x.is_nested and x.layout == torch.strided:
+            return TypeError(f"{name}: Expected a tensor or a jagged nested one, got a strided nested tensor")
         if isinstance(error, ValueError):
             return ValueError(f"{name}: {error}")
         if x.dtype != self.values.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..format import Conv
 from ..functional import sparse_conv2d
@@ -32,6 +33,7 @@ class SparseConv2d(SparseModule):
     """
 
     dense_class = nn.Conv2d
+    transposed, output_padding = False, (0, 0)  # tools that read a convolution ask for them
 
     def __init__(
         self,
@@ -85,13 +87,16 @@ class SparseConv2d(SparseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [N, C, H, W]`` or ``[C, H, W]`` to ``[N, out, OH, OW]`` or ``[out, OH, OW]``."""
+        if isinstance(x, Proxy):
+            return self._traced(x)
         if self._outer is not None:
             x = F.pad(x, self._outer, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         own = self._parameters  # a plain dict: nn.Module's attribute lookup costs as much as the checks below
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         try:
             index = self._index(x)
-            return sparse_conv2d(x, values, index, self.shape, self.format, own["bias"], self._conv, self.activation)
+            return sparse_conv2d(x, values, index, self.shape, self.format, bias, self._conv, self.activation)
         except (ValueError, RuntimeError) as error:
             raise self._explain(error, x) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..functional import sparse_linear
 from ..mask import weight_of
@@ -48,10 +49,13 @@ class SparseLinear(SparseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]``."""
+        if isinstance(x, Proxy):
+            return self._traced(x)
         own = self._parameters  # a plain dict: nn.Module's attribute lookup costs as much as the checks below
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         try:
-            return sparse_linear(x, values, self._index(x), self.shape, self.format, own["bias"], self.activation)
+            return sparse_linear(x, values, self._index(x), self.shape, self.format, bias, self.activation)
         except (ValueError, RuntimeError) as error:
             raise self._explain(error, x) from None
 
