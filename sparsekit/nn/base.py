@@ -41,15 +41,24 @@ class SparseModule(nn.Module):
         check_masks({name: mask}, {name: weight.shape})
         if mask.is_meta:
             raise ValueError(f"{name}: Expected a mask that holds data, got one on the meta device")
-        self.shape = tuple(weight.shape)
+        self.shape = tuple(self._fold(weight).shape)
         self.register_parameter("values", None)
         bias = dense.bias
         if bias is not None:
             bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self.register_parameter("bias", bias)
         self.train(dense.training)
-        self._store(weight, mask if weight.is_meta else mask.to(weight.device), formats.get(format))
+        mask = mask if weight.is_meta else mask.to(weight.device)
+        self._store(self._fold(weight), self._fold(mask), formats.get(format))
         self.values.requires_grad_(_leaf(dense).requires_grad)
+
+    def _fold(self, dense: Tensor) -> Tensor:
+        """A tensor of the dense layer's shape as ``[out, in]`` or ``[out, in/groups, kh, kw]``, which formats hold."""
+        return dense
+
+    def _unfold(self, folded: Tensor) -> Tensor:
+        """The inverse of :meth:`_fold`."""
+        return folded
 
     @torch.no_grad()
     def _store(self, weight: Tensor, mask: Tensor, fmt: formats.Format) -> None:
@@ -127,15 +136,21 @@ class SparseModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, 0 where pruned; gradients through it reach the survivors only."""
+        return self._unfold(self._folded_weight())
+
+    def _folded_weight(self) -> Tensor:
         return self.format.scatter(self.values, self._saved_index(), torch.Size(self.shape))
 
     def survivors(self) -> Tensor:
         """The mask: bool of the weight's shape, True where a weight survives."""
+        return self._unfold(self._folded_survivors())
+
+    def _folded_survivors(self) -> Tensor:
         return self.format.survivors(self._saved_index(), torch.Size(self.shape))
 
     def pack(self, dense: Tensor) -> Tensor:
         """A dense tensor of the weight's shape in the layout of ``values``: what survives of it."""
-        return self.format.gather(dense, self._saved_index()).clone()
+        return self.format.gather(self._fold(dense), self._saved_index()).clone()
 
     @property
     def density(self) -> float:
@@ -147,7 +162,7 @@ class SparseModule(nn.Module):
         """Move the survivors into another format; the parameter object stays, its shape changes."""
         fmt = formats.get(name)
         if fmt is not self.format:
-            self._store(self.weight.detach(), self.survivors(), fmt)
+            self._store(self._folded_weight().detach(), self._folded_survivors(), fmt)
 
     def to_dense(self) -> nn.Module:
         """The layer as the class it was converted from, survivors bit for bit, pruned weights 0."""
@@ -169,7 +184,7 @@ class SparseModule(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         problems: list[str] = []
-        found = _incoming(own, prefix, torch.Size(self.shape), problems)
+        found = _incoming(own, prefix, self, problems)
         if found is not None:
             assign = metadata.get("assign_to_params_buffers", False)
             if self.values.is_meta and (found[1] is None or not assign):
@@ -199,7 +214,7 @@ class SparseModule(nn.Module):
         if fits and all(torch.equal(index[name], own[name]) for name in index):
             self.values.copy_(self.format.gather(weight, own))
         else:
-            self._store(weight, self.survivors().to(to.device) if mask is None else mask, self.format)
+            self._store(weight, self._folded_survivors().to(to.device) if mask is None else mask, self.format)
 
 
 def _leaf(dense: nn.Module) -> Tensor:
@@ -212,8 +227,9 @@ _KEYS = {"weight", "weight_orig", "weight_mask", "values"} | {
 }
 
 
-def _incoming(own: dict, prefix: str, shape: torch.Size, errors: list) -> tuple[Tensor, Tensor | None] | None:
-    """The dense weight and mask that a state dict brings for this layer; problems go to ``errors``."""
+def _incoming(own: dict, prefix: str, layer: SparseModule, errors: list) -> tuple[Tensor, Tensor | None] | None:
+    """The folded weight and mask that a state dict brings for a layer; problems go to ``errors``."""
+    shape = torch.Size(layer.shape)
     keys = {key[len(prefix) :]: value for key, value in own.items() if key[len(prefix) :] in _KEYS}
     if {"weight_orig", "weight_mask"} <= keys.keys():
         weight, mask = keys["weight_orig"], keys["weight_mask"] != 0
@@ -234,8 +250,9 @@ def _incoming(own: dict, prefix: str, shape: torch.Size, errors: list) -> tuple[
         return None
     else:
         return None
+    dense = layer._unfold(torch.empty(shape, device="meta")).shape
     for name, tensor in {"weight": weight, "weight_mask": mask}.items():
-        if tensor is not None and tensor.shape != shape:
-            errors.append(f"{prefix}{name}: Expected a {name} of shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor is not None and tensor.shape != dense:
+            errors.append(f"{prefix}{name}: Expected a {name} of shape {list(dense)}, got {list(tensor.shape)}")
             return None
-    return weight, mask
+    return layer._fold(weight), None if mask is None else layer._fold(mask)

@@ -1,4 +1,4 @@
-"""SparseConv2d, the drop-in of nn.Conv2d."""
+"""SparseConv2d and SparseConv1d, the drop-ins of nn.Conv2d and nn.Conv1d."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..functional import sparse_conv2d
 from ..mask import weight_of
 from .base import SparseModule
 
-__all__ = ["SparseConv2d"]
+__all__ = ["SparseConv1d", "SparseConv2d"]
 
 _GEOMETRY = (
     "in_channels",
@@ -25,24 +25,19 @@ _GEOMETRY = (
 )
 
 
-class SparseConv2d(SparseModule):
-    """``nn.Conv2d`` over the survivors of a mask ``[out, in/groups, kh, kw]`` (None: all survive).
+class _SparseConv(SparseModule):
+    """What convolutions share; the arguments and their defaults are those of the dense class."""
 
-    Same arguments, initialisation and call as ``nn.Conv2d``; ``format`` says how the survivors are
-    stored and run. Raises ValueError or TypeError on a mask of another shape or dtype, an unknown format.
-    """
-
-    dense_class = nn.Conv2d
     transposed, output_padding = False, (0, 0)  # tools that read a convolution ask for them
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
@@ -53,30 +48,35 @@ class SparseConv2d(SparseModule):
         format: str = "csr",
     ) -> None:
         super().__init__()
-        dense = nn.Conv2d(
+        dense = self.dense_class(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self._copy_geometry(dense)
         self._adopt(dense, dense.weight, mask, format)
 
     @classmethod
-    def from_dense(cls, module: nn.Conv2d, mask: Tensor, format: str = "csr", name: str = "") -> SparseConv2d:
+    def from_dense(cls, module: nn.Module, mask: Tensor, format: str = "csr", name: str = ""):
         """A copy of ``module`` under ``mask``; weights under ``torch.nn.utils.prune`` are read through it."""
         self = cls.__new__(cls)
-        super(SparseConv2d, self).__init__()
+        SparseModule.__init__(self)
         self.layer_name = name
         self._copy_geometry(module)
         self._adopt(module, weight_of(module), mask, format)
         return self
 
-    def _copy_geometry(self, dense: nn.Conv2d) -> None:
+    def _copy_geometry(self, dense: nn.Module) -> None:
         for name in _GEOMETRY:
             setattr(self, name, getattr(dense, name))
-        before, after = zip(*map(self._sides, (0, 1)), strict=True)
-        inner = before if before == after and self.padding_mode == "zeros" else (0, 0)
+        sides = [self._sides(axis) for axis in range(len(self.kernel_size))]
+        before, after = zip(*sides, strict=True)
+        inner = before if before == after and self.padding_mode == "zeros" else (0,) * len(sides)
         # F.pad takes (left, right, top, bottom); what the kernel cannot pad itself is padded before it.
-        self._outer = None if inner == before == after else (before[1], after[1], before[0], after[0])
-        self._conv = Conv(tuple(self.stride), inner, tuple(self.dilation), self.groups)
+        self._outer = None if inner == before == after else tuple(n for side in reversed(sides) for n in side)
+        self._conv = Conv(*map(self._plane, (self.stride, inner, self.dilation), (1, 0, 1)), self.groups)
+
+    def _plane(self, extents: tuple[int, ...], other: int) -> tuple[int, int]:
+        """(height, width) of a geometry; ``other`` stands for an axis that the layer lacks."""
+        return (other,) * (2 - len(extents)) + tuple(extents)
 
     def _sides(self, axis: int) -> tuple[int, int]:
         if self.padding == "same":
@@ -85,12 +85,12 @@ class SparseConv2d(SparseModule):
         side = 0 if self.padding == "valid" else self.padding[axis]
         return side, side
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [N, C, H, W]`` or ``[C, H, W]`` to ``[N, out, OH, OW]`` or ``[out, OH, OW]``."""
-        if isinstance(x, Proxy):
-            return self._traced(x)
-        if self._outer is not None:
-            x = F.pad(x, self._outer, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+    def _padded(self, x: Tensor) -> Tensor:
+        if self._outer is None:
+            return x
+        return F.pad(x, self._outer, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def _convolve(self, x: Tensor) -> Tensor:
         own = self._parameters  # a plain dict: nn.Module's attribute lookup costs as much as the checks below
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
@@ -100,13 +100,54 @@ class SparseConv2d(SparseModule):
         except (ValueError, RuntimeError) as error:
             raise self._explain(error, x) from None
 
-    def _empty_dense(self) -> nn.Conv2d:
+    def _empty_dense(self) -> nn.Module:
         geometry = {name: getattr(self, name) for name in _GEOMETRY}
-        return nn.Conv2d(**geometry, bias=self.bias is not None, device="meta")
+        return self.dense_class(**geometry, bias=self.bias is not None, device="meta")
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+        axes = len(self.kernel_size)
+        defaults = {"padding": (0,) * axes, "dilation": (1,) * axes, "groups": 1, "padding_mode": "zeros"}
+        for name, default in defaults.items():
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return f"{text}, {self._repr_tail()}"
+
+
+class SparseConv2d(_SparseConv):
+    """``nn.Conv2d`` over the survivors of a mask ``[out, in/groups, kh, kw]`` (None: all survive).
+
+    Same arguments, initialisation and call as ``nn.Conv2d``; ``format`` says how the survivors are
+    stored and run. Raises ValueError or TypeError on a mask of another shape or dtype, an unknown format.
+    """
+
+    dense_class = nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [N, C, H, W]`` or ``[C, H, W]`` to ``[N, out, OH, OW]`` or ``[out, OH, OW]``."""
+        return self._traced(x) if isinstance(x, Proxy) else self._convolve(self._padded(x))
+
+
+class SparseConv1d(_SparseConv):
+    """``nn.Conv1d`` over the survivors of a mask ``[out, in/groups, k]``: a convolution of images of one row.
+
+    Arguments, ``format`` and errors as of :class:`SparseConv2d`; ``weight`` and state dicts have the shapes
+    of ``nn.Conv1d``.
+    """
+
+    dense_class = nn.Conv1d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [N, C, L]`` or ``[C, L]`` to ``[N, out, OL]`` or ``[out, OL]``."""
+        if isinstance(x, Proxy):
+            return self._traced(x)
+        if x.dim() not in (2, 3) or x.shape[-2] != self.in_channels:
+            name = self.layer_name or type(self).__name__
+            raise ValueError(f"{name}: Expected an input of shape [N, {self.in_channels}, L], got {list(x.shape)}")
+        return self._convolve(self._padded(x).unsqueeze(-2)).squeeze(-2)
+
+    def _fold(self, dense: Tensor) -> Tensor:
+        return dense.unsqueeze(2)
+
+    def _unfold(self, folded: Tensor) -> Tensor:
+        return folded.squeeze(2)
