@@ -92,8 +92,9 @@ static void blocks(const Kernels<T>& k, double bound) {
     }
     const auto values = numbers<T>(int64_t(index.size()) * rows * depth);
     std::vector<T> y(lists * rows * width, T(NAN));
-    const BsrProduct<T> product = {.panel = panel.data(), .features = features, .width = width, .index = index.data(),
-                                   .which = nullptr, .values = values.data(), .block = rows * depth, .rows = rows,
+    const BsrProduct<T> product = {.panel = panel.data(), .features = features, .width = width,
+                                   .index_step = depth * width, .x_stride = width, .y_stride = width,
+                                   .index = index.data(), .depths = nullptr, .which = nullptr, .values = values.data(), .block = rows * depth, .rows = rows,
                                    .row_step = depth, .depth = depth, .k_step = 1, .begin = begin.data(),
                                    .end = end.data(), .lists = lists, .bias = bias.data(), .y = y.data()};
     k.numbers.product(product);

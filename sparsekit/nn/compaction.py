@@ -332,7 +332,8 @@ def _shrink(module: nn.Module, layer: Layer, needed: _Needed, mask: Tensor | Non
     read = (layer.alive & rows.reshape(groups, -1, 1)).any(1).reshape(-1)
     taken = needed.merged[layer] & ~columns & read
     if taken.any():
-        weight, merged_mask = _merge(module.weight.detach(), mask, needed.const[layer], needed.merged[layer] & columns, taken)
+        folded = needed.merged[layer] & columns
+        weight, merged_mask = _merge(module.weight.detach(), mask, needed.const[layer], folded, taken)
         changed["weight"] = (module.weight.detach()[kept["weight"]].clone(), weight[kept["weight"]].clone())
         if merged_mask is not None:
             changed["mask"] = merged_mask
