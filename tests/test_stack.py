@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsekit import convert, models, nets, prune
+from sparsekit import convert, models, nets, prune, tickets
 from sparsekit.data import Dataset
 from sparsekit.nn import stack as stacks
 from sparsekit.nn.stack import Stack
-from sparsekit.ticket.replicates import fit_together
-from sparsekit.ticket.train import Training, fit
+from sparsekit.ticket.replicates import fit_together, train_round_together
+from sparsekit.ticket.train import Training, fit, train_round
 
 
 @pytest.fixture(autouse=True, params=["csr", "dense"])
@@ -161,3 +161,26 @@ def test_stacks_that_cannot_be():
         stack(torch.randn(3, 4, 1, 6, 6))
     with pytest.raises(ValueError, match="Expected one order per model, got 1 for 2"):
         fit_together([lenet(0, 0.5), lenet(1, 0.5)], dataset(), Training(1), [lambda count, epoch: torch.arange(count)])
+
+
+def test_a_round_and_its_controls_train_together(tmp_path):
+    data, training = dataset(), Training(20, batch_size=20, eval_every=10)
+    model = models.build("mlp:36-40-24-5", classes=5, input_shape=(1, 6, 6), seed=0)
+    controls = ("reinit", "reinit", "random")
+    lines = []
+    for train in (train_round, train_round_together):
+        run = tickets(copy.deepcopy(model), 2, 0.5, run_dir=tmp_path / train.__name__, impl="csr")
+        for round_ in run:
+            how = {"controls": controls, "seed": 3}
+            train(round_, data, training, **how)
+        lines.append(run.summary["rounds"])
+    for alone, together in zip(*lines, strict=True):
+        assert together["density"] == alone["density"] and together["steps"] == 20
+        assert together["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-2)
+        assert together.get("controls", {}).keys() == alone.get("controls", {}).keys()
+        for name, control in alone.get("controls", {}).items():
+            assert together["controls"][name]["val_loss"] == pytest.approx(control["val_loss"], rel=1e-2)
+            assert len(together["controls"][name].get("runs", [0])) == len(control.get("runs", [0]))
+    run = tickets(model, 1, 0.5, rewind="5it")
+    with pytest.raises(ValueError, match="Expected rewind='init'"):
+        train_round_together(next(iter(run)), data, training)

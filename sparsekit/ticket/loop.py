@@ -79,9 +79,9 @@ class Round:
             encode(scheduler.state_dict(), {})  # one that cannot be kept fails here, not after the training
         return self.steps
 
-    def step(self) -> None:
-        """Count one finished iteration (after the optimizer's and the scheduler's step)."""
-        self.steps += 1
+    def step(self, count: int = 1) -> None:
+        """Count finished iterations (after the optimizer's and the scheduler's step)."""
+        self.steps += count
         if self.number == 0 and self._point and self.steps == self._point:
             self._search.keep_point(Snapshot.take(self.steps, self.model, self._optimizer, self._scheduler))
 

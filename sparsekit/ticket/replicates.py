@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 from .. import device
 from ..data import Dataset
 from ..nn.stack import Stack
-from .train import Fit, Training
+from .loop import Round
+from .train import Fit, Training, masked_sampler, means
 
-__all__ = ["fit_together"]
+__all__ = ["fit_together", "train_round_together"]
 
 _EVALUATED = 1000  # images of one evaluation
 
@@ -103,3 +106,38 @@ def _evaluate(stack: Stack, x: Tensor, y: Tensor) -> tuple[list[float], list[flo
         hits = hits + (logits.argmax(2) == target).sum(1)
     stack.train()
     return (loss / len(y)).tolist(), (hits / len(y)).tolist()
+
+
+def train_round_together(
+    round_: Round,
+    data: Dataset,
+    training: Training,
+    controls: Sequence[str] = (),
+    fresh: Callable[[int], nn.Module] | None = None,
+    seed: int = 0,
+) -> Fit:
+    """:func:`train_round` with the ticket and all its controls in one training, on the same batches.
+
+    For searches that rewind to the start, of networks that :class:`sparsekit.nn.stack.Stack` takes; raises
+    ValueError for others. The ledger's line counts an equal share of the training for each.
+    """
+    if round_.rewind.kind != "weights" or round_.rewind.count:
+        raise ValueError("Expected rewind='init' to train controls together with the ticket, got another")
+    models, runs = [round_.model], {}
+    with torch.random.fork_rng():  # the next round must not depend on whether there are controls
+        for text in controls if round_.masks else ():
+            done = runs.setdefault(text, [])
+            own = seed + 1000 + round_.number + 100_000 * len(done)  # as train_round seeds them
+            new = fresh(own) if text == "reinit" and fresh is not None else None
+            done.append(len(models))
+            models.append(round_.control(text, own, new)[0])
+    fits = fit_together(models, data, training, round_.permutation)
+    samples: list[float] = []
+    masked_sampler(round_, data, training, samples)()
+    masked_us, steps = statistics.median(samples), training.iterations
+    round_.step(steps)
+    found = {text: means([asdict(fits[number]) for number in numbers]) for text, numbers in runs.items()}
+    spent = sum(fit.train_seconds + fit.eval_seconds for fit in fits[1:])
+    line = asdict(fits[0]) | {"masked_dense_step_us": masked_us, "masked_dense_seconds": masked_us * steps / 1e6}
+    round_.record(**line, **({"controls": found, "control_seconds": spent} if found else {}))
+    return fits[0]

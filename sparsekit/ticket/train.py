@@ -16,7 +16,7 @@ from ..data import Dataset
 from .ledger import masked_dense
 from .loop import Round
 
-__all__ = ["Fit", "Training", "evaluate", "fit", "fitting", "train_round"]
+__all__ = ["Fit", "Training", "evaluate", "fit", "fitting", "masked_sampler", "means", "train_round"]
 
 _SAMPLES, _SAMPLE_STEPS, _WARM_STEPS = 3, 30, 5
 
@@ -231,7 +231,7 @@ def train_round(
     control's runs, and the ``runs`` themselves where there are several.
     """
     samples: list[float] = []
-    sample = _masked_sampler(round_, data, training, samples)
+    sample = masked_sampler(round_, data, training, samples)
     result = fit(round_.model, data, training, round_.permutation, round_.begin, round_.step, sample, progress=progress)
     masked_us = statistics.median(samples)
     # Median against median: other processes slow a few steps down a lot, and a sample would miss most of them.
@@ -253,13 +253,18 @@ def _train_controls(round_, data, training, controls, fresh, seed) -> dict[str, 
         new = fresh(own) if text == "reinit" and fresh is not None else None
         model, begin = round_.control(text, own, new)
         done.append(asdict(fit(model, data, training, round_.permutation, begin)))
-    return {
-        text: each[0] if len(each) == 1 else {k: statistics.fmean(r[k] for r in each) for k in each[0]} | {"runs": each}
-        for text, each in runs.items()
-    }
+    return {text: means(each) for text, each in runs.items()}
 
 
-def _masked_sampler(round_: Round, data: Dataset, training: Training, samples: list[float]) -> Callable[[], None]:
+def means(runs: list[dict]) -> dict:
+    """One run as it is; several as the means of their numbers, with the ``runs`` themselves."""
+    if len(runs) == 1:
+        return runs[0]
+    return {key: statistics.fmean(run[key] for run in runs) for key in runs[0]} | {"runs": runs}
+
+
+def masked_sampler(round_: Round, data: Dataset, training: Training, samples: list[float]) -> Callable[[], None]:
+    """A function that times some masked-dense steps of a round and adds their microseconds to ``samples``."""
     twin = masked_dense(round_.model, round_.masks).train()
     step = make_step(twin, training.make_optimizer(twin))
     batches = round_.permutation(len(data.train_y), 0).to(data.train_y.device).split(training.batch_size)
