@@ -77,6 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     ticket.add_argument("--out", type=Path, required=True, help="run directory; an unfinished run goes on")
     ticket.set_defaults(run=_ticket)
 
+    again = commands.add_parser("reproduce", help="a paper's experiment, its numbers beside ours, PASS or FAIL")
+    again.add_argument("name", metavar="NAME", nargs="?", help="the recipe; none lists them")
+    again.add_argument("--scale", default="short", choices=("smoke", "short", "paper"))
+    again.add_argument("--seeds", type=int, help="replicates (default: the recipe's)")
+    again.add_argument("--data-dir", type=Path, help="where the data files are (default: $SPARSEKIT_DATA)")
+    again.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    again.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    again.add_argument("--out", type=Path, help="default: runs/reproduce/NAME-SCALE; an unfinished run goes on")
+    again.set_defaults(run=_reproduce)
+
     report = commands.add_parser("report", help="write RUN/report.md with figures")
     report.add_argument("run_dir", metavar="RUN", type=Path)
     report.set_defaults(run=_report)
@@ -108,6 +118,23 @@ def _ticket(args: argparse.Namespace) -> None:
     from .ticket.command import search
 
     search(args)
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from . import reproduce
+
+    if args.name is None:
+        for found in reproduce.RECIPES.values():
+            print(f"{found.name:12} {found.about}")
+        return 0
+    if args.threads is not None:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    how = {"data_dir": args.data_dir, "seeds": args.seeds, "device": args.device}
+    checks = reproduce.reproduce(args.name, args.scale, args.out, **how)
+    print(reproduce.table(checks))
+    return int(any(check.passed is False for check in checks))
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ FLOORS = [
     {"nn"},
     {"data", "nets", "models", "words", "figures", "report"},
     {"ticket"},
-    {"export"},
+    {"export", "reproduce"},
     {"bench", "info"},
     {"__main__"},
     {"demo"},
