@@ -1,6 +1,6 @@
 # make demo    install into .venv, find tickets on real digits, write runs/demo/report.md
 # make test    install into .venv, run the test suite
-# make bench   print the layer suite;  make asan  the kernel tests under address and undefined-behaviour sanitizers
+# make bench   print the layer suite;  make bench-quick  the table of the README, in minutes;  make asan  the kernel tests under address and undefined-behaviour sanitizers
 # make tsan    threaded kernels under ThreadSanitizer;  make nightly  10000 random layers on every instruction set
 # make aarch64 cross-compile the CPU kernels, run the innermost in an emulator
 # make emulate  every CUDA kernel on the CPU once more, for longer than make test does
@@ -25,7 +25,7 @@ RUN := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: demo test lint bench emulate offline gpu-test gpu-bench asan tsan nightly aarch64 existing clean
+.PHONY: demo test lint bench bench-quick docs emulate offline gpu-test gpu-bench asan tsan nightly aarch64 existing clean
 
 demo: $(READY)
 	$(RUN) -m sparsekit.demo --out runs/demo
@@ -39,6 +39,12 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m sparsekit bench layers
+
+bench-quick: $(READY)
+	$(RUN) -m sparsekit bench hero --quick --threads 2
+
+docs: $(READY)
+	$(RUN) docs/build.py --out build/docs
 
 emulate: $(READY)
 	$(RUN) tests/emulated.py long

@@ -1,18 +1,22 @@
-"""The README's table, text and figure, from committed result files only.
+"""The README's tables, text and figures, from result files only.
 
-    python benchmarks/readme.py benchmarks/results/DEVICE        # layers-T2.json, lenet-T1.json, lenet-T2.json
+    python benchmarks/readme.py RESULT.json --threads 2 --tickets LENET-T2.json LENET-T1.json
 
-Rewrites the parts of README.md between the markers and the figure benchmarks/results/lenet.png.
+RESULT.json is what ``sparsekit bench hero --threads 2 --json RESULT.json`` wrote. Rewrites the parts of README.md
+between the markers ``table``, ``losses`` and ``lenet`` where they are, benchmarks/results/crossover.svg and lenet.png.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from sparsekit.bench.figures import crossover
+from sparsekit.bench.runner import read
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = (
@@ -27,9 +31,9 @@ SHOWN = (
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 
 
-def table(results: dict) -> str:
+def table(results: dict, threads: int) -> str:
     """Markdown: forward and training-step ratios per layer and sparsity."""
-    rows = {row["name"]: row for row in results["rows"]}
+    rows = {row["name"]: row for row in results["rows"] if row["threads"] == threads}
     head = " | ".join(f"{1 - d:.0%}" for d in DENSITIES)
     lines = [f"| × best dense torch fp32, forward / training step | {head} |"]
     lines.append("|---|" + "---|" * len(DENSITIES))
@@ -39,7 +43,7 @@ def table(results: dict) -> str:
             pair = [rows[f"{key}-d{density:g}-{work}"]["ratio"] for work in ("forward", "step")]
             cells.append(" / ".join(f"{ratio:.1f}" if ratio >= 1 else f"**{ratio:.2f}**" for ratio in pair))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    facts, threads = results["environment"], results["rows"][0]["threads"]
+    facts = results["environment"]
     lines.append(
         f"\n{facts['cpu']} ({facts['device']}), {threads} threads, torch {facts['torch']}, unstructured masks, `csr` "
         f"forced, commit {facts['commit']}: medians of interleaved runs against the better of contiguous and "
@@ -47,6 +51,16 @@ def table(results: dict) -> str:
         "reaches about a third of this CPU's peak, so expect smaller ratios where it does better."
     )
     return "\n".join(lines)
+
+
+def losses(results: dict, threads: int) -> str:
+    """Markdown: every row where the best dense torch is faster, worst first."""
+    lost = [row for row in results["rows"] if row["threads"] == threads and row["ratio"] < 1 and row.get("p50_us")]
+    lines = ["| where sparse loses | sparse us | dense us | ratio |", "|---|---|---|---|"]
+    for row in sorted(lost, key=lambda row: row["ratio"]):
+        cells = f"{row['p50_us']:.1f} | {row['dense_us']:.1f} | {row['ratio']:.2f}"
+        lines.append(f"| {row.get('suite', '')} {row['name']} | {cells} |")
+    return "\n".join(lines) if lost else "In none of the rows."
 
 
 def lenet(runs: list[dict]) -> str:
@@ -102,18 +116,26 @@ def figure(run: dict, path: Path) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    runs = [json.loads((folder / f"lenet-T{threads}.json").read_text()) for threads in (2, 1)]
-    parts = {"table": table(json.loads((folder / "layers-T2.json").read_text())), "lenet": lenet(runs)}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tickets", type=Path, nargs="+", default=[], help="results of sparsekit bench tickets")
+    args = parser.parse_args()
+    results = read(args.results)
+    parts = {"table": table(results, args.threads), "losses": losses(results, args.threads)}
+    runs = [json.loads(path.read_text()) for path in args.tickets]
+    if runs:
+        parts["lenet"] = lenet(runs)
+        figure(runs[0], ROOT / "benchmarks/results/lenet.png")
+    if svg := crossover([row for row in results["rows"] if row["threads"] == args.threads]):
+        (ROOT / "benchmarks/results/crossover.svg").write_text(svg)
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, part in parts.items():
         marked = f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
         text, count = re.subn(marked, lambda m, part=part: m[1] + part + m[2], text, flags=re.S)
-        if count != 1:
-            raise ValueError(f"README.md: Expected one <!-- {name} --> part, got {count}")
+        print(f"{name}: {'rewritten' if count else f'README.md has no <!-- {name} --> part'}")
     readme.write_text(text)
-    figure(runs[0], ROOT / "benchmarks/results/lenet.png")
 
 
 if __name__ == "__main__":

@@ -98,11 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("-o", "--out", type=Path, required=True)
     export.set_defaults(run=_export)
 
+    from .bench.command import add_options
+
     bench = commands.add_parser("bench", help="time sparse layers against dense ones, here")
-    bench.add_argument("suite", nargs="?", default="layers", help="layers (default), overhead or memory")
-    bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    bench.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    bench.add_argument("--json", type=Path, help="also write the rows to this file")
+    add_options(bench)
     bench.set_defaults(run=_bench)
     return parser
 
@@ -149,10 +148,10 @@ def _export(args: argparse.Namespace) -> None:
     print(export_file(args.source, args.to, args.out, args.round))
 
 
-def _bench(args: argparse.Namespace) -> None:
-    from .bench import run
+def _bench(args: argparse.Namespace) -> int:
+    from .bench.command import execute
 
-    run(args.suite, args.device, args.threads, args.json)
+    return execute(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+"""Who else could do the work: torch's dense and sparse executions, and other runtimes where installed.
+
+An adapter gets a :class:`~sparsekit.bench.problem.Problem` and returns a thunk, or the reason why it has none,
+which the row then carries (None: there is nothing to say). ``dense…`` rivals compute what the sparse layer does, in
+the same dtype: the best of them is what ``ratio`` divides by. The others stand beside: another dtype, another library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .problem import Problem, Thunk, dense_thunk
+
+__all__ = ["RIVALS", "Rival", "absences"]
+
+
+class Rival(NamedTuple):
+    """``how`` says how it was set up. ``level``: the smallest selection that times it. ``dtype``: of its result."""
+
+    name: str
+    how: str
+    make: Callable[[Problem], Thunk | str | None]
+    level: str = "usual"
+    dtype: torch.dtype | None = None
+    needs: str | None = None
+
+
+def absences() -> dict[str, str]:
+    """Rivals that cannot run here, and how to get them."""
+    found = {}
+    for rival in RIVALS:
+        if rival.needs and importlib.util.find_spec(rival.needs) is None:
+            found[rival.name] = f"not installed: {_INSTALL.get(rival.needs, f'pip install {rival.needs}')}"
+    return found
+
+
+_INSTALL = {
+    "deepsparse": "an environment of its own, pip install 'deepsparse==1.8.0' 'numpy<2' --only-binary :all:",
+    "onnxruntime": "pip install onnx onnxruntime",
+}
+
+
+def _dense(p: Problem) -> Thunk:
+    return dense_thunk(p, p.dense, p.x, p.dy)
+
+
+def _channels_last(p: Problem) -> Thunk | None:
+    if p.is_linear:
+        return None
+    last = {"memory_format": torch.channels_last}
+    return dense_thunk(p, deepcopy(p.dense).to(**last), p.x.contiguous(**last), p.dy.contiguous(**last))
+
+
+def _compiled(p: Problem) -> Thunk | str:
+    if p.case.work in ("dx", "dw"):
+        return "an operator alone has nothing to compile"
+    module = deepcopy(p.dense)
+    module.compile(mode="max-autotune-no-cudagraphs")
+    return dense_thunk(p, module, p.x, p.dy)
+
+
+def _bfloat16(p: Problem) -> Thunk | str:
+    if p.case.torch_dtype != torch.float32:
+        return "the row's own dtype is not float32"
+    module = deepcopy(p.dense).bfloat16()
+    if p.is_linear:
+        return dense_thunk(p, module, p.x.bfloat16(), p.dy.bfloat16())
+    last = {"memory_format": torch.channels_last}
+    return dense_thunk(p, module.to(**last), p.x.bfloat16().contiguous(**last), p.dy.bfloat16().contiguous(**last))
+
+
+def _forward_of_linear(p: Problem) -> str | None:
+    if not p.is_linear:
+        return "has no convolution"
+    return None if p.case.work == "forward" else "has no gradient for a fixed pattern"
+
+
+def _torch_csr(p: Problem) -> Thunk | str:
+    if reason := _forward_of_linear(p):
+        return reason
+    if p.case.torch_dtype == torch.bfloat16:
+        return "has no bfloat16"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that its CSR support is beta
+        weight = p.dense.weight.detach().to_sparse_csr()
+    bias, x = p.dense.bias.detach(), p.x
+    return lambda: (torch.sparse.mm(weight, x.t()).t() + bias,)
+
+
+def _torch_bsr(p: Problem) -> Thunk | str:
+    if reason := _forward_of_linear(p):
+        return reason
+    rows, cols = p.case.block
+    if rows != cols or rows == 1:
+        return "takes square blocks only"
+    if p.dense.weight.shape[0] % rows or p.dense.weight.shape[1] % cols:
+        return "takes whole blocks only"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weight = p.dense.weight.detach().to_sparse_bsr((rows, cols))
+    bias, x = p.dense.bias.detach(), p.x
+    return lambda: (torch.nn.functional.linear(x, weight) + bias,)
+
+
+def _scipy(p: Problem) -> Thunk | str:
+    if reason := _forward_of_linear(p):
+        return reason
+    if p.case.torch_dtype == torch.bfloat16 or p.x.is_cuda:
+        return "has no bfloat16 and no GPU"
+    from scipy.sparse import csr_array
+
+    weight, x, bias = csr_array(p.dense.weight.detach().numpy()), p.x.numpy(), p.dense.bias.detach().numpy()
+    return lambda: ((weight @ x.T).T + bias,)
+
+
+def _serves(p: Problem) -> str | None:
+    if p.case.work != "forward":
+        return "serves only"
+    if p.case.torch_dtype != torch.float32 or p.x.is_cuda:
+        return "set up for float32 on the CPU only"
+    return None
+
+
+def _onnx(dense: nn.Module, shape: tuple[int, ...]) -> bytes:
+    """The layer as an ONNX graph of one node."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight, bias = (t.detach().numpy() for t in (dense.weight, dense.bias))
+    constants = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")]
+    if isinstance(dense, nn.Linear):
+        node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)
+    else:
+        (top, left), strides = dense.padding, list(dense.stride)
+        node = helper.make_node("Conv", ["x", "w", "b"], ["y"], pads=[top, left, top, left], strides=strides)
+    ports = [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))]
+    ports.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, None))
+    graph = helper.make_graph([node], "layer", ports[:1], ports[1:], constants)
+    opset = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
+
+
+def _onnxruntime(p: Problem) -> Thunk | str:
+    if reason := _serves(p):
+        return reason
+    if importlib.util.find_spec("onnx") is None:
+        return "onnx is not installed: pip install onnx"
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    model = _onnx(p.dense, tuple(p.x.shape))
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    feed = {"x": p.x.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def _openvino(p: Problem) -> Thunk | str:
+    if reason := _serves(p):
+        return reason
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13 as op
+
+    weight, bias = (t.detach().numpy() for t in (p.dense.weight, p.dense.bias))
+    x = op.parameter(list(p.x.shape), np.float32)
+    if p.is_linear:
+        y = op.add(op.matmul(x, op.constant(weight), False, True), op.constant(bias[None]))
+    else:
+        stride, padding, dilation, _ = p.geometry
+        y = op.convolution(x, op.constant(weight), stride, padding, padding, dilation)
+        y = op.add(y, op.constant(bias.reshape(1, -1, 1, 1)))
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY", "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.7,
+    }  # fmt: skip
+    request = ov.Core().compile_model(ov.Model([y], [x]), "CPU", options).create_infer_request()
+    feed = [p.x.numpy()]
+    return lambda: (request.infer(feed)[0],)
+
+
+def _deepsparse(p: Problem) -> Thunk | str:
+    if reason := _serves(p):
+        return reason
+    import tempfile
+
+    import deepsparse
+
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(_onnx(p.dense, tuple(p.x.shape)))
+        file.flush()
+        engine = deepsparse.Engine(file.name, batch_size=p.x.shape[0], num_cores=torch.get_num_threads())
+    feed = [p.x.numpy()]
+    return lambda: engine.run(feed)
+
+
+def _on_a_gpu(p: Problem) -> str:
+    return "timed by make gpu-bench, with cold caches and CUDA events"
+
+
+RIVALS: tuple[Rival, ...] = (
+    Rival("dense", "torch, eager, contiguous", _dense, "quick"),
+    Rival("dense channels_last", "torch, eager, weights, images and gradients channels_last", _channels_last, "quick"),
+    Rival("dense compiled", "torch.compile, max-autotune-no-cudagraphs", _compiled, "full"),
+    Rival("bfloat16", "torch, eager, all in bfloat16; images channels_last", _bfloat16, dtype=torch.bfloat16),
+    Rival("torch.sparse csr", "torch.sparse.mm(W_csr, x.t()).t() + b: faster than F.linear", _torch_csr, "quick"),
+    Rival("torch.sparse bsr", "F.linear(x, W_bsr) + b", _torch_bsr),
+    Rival("scipy csr", "csr_array @ x.T, one thread whatever is asked", _scipy, needs="scipy"),
+    Rival("onnxruntime", "dense graph of one node, CPU provider, as many threads", _onnxruntime, needs="onnxruntime"),
+    Rival("openvino", "CPU, latency hint, f32, sparse weights decompressed from 0.7", _openvino, needs="openvino"),
+    Rival("deepsparse", "Engine(num_cores=threads)", _deepsparse, needs="deepsparse"),
+    Rival("2:4 cuSPARSELt", "GPU only", _on_a_gpu, "full"),
+    Rival("cuSPARSE", "GPU only", _on_a_gpu, "full"),
+)

@@ -1,0 +1,107 @@
+"""Times that can be compared: warmed, interleaved, as percentiles; and the rates that no kernel here exceeds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import device
+from ..kernels import tuning
+
+__all__ = ["Spread", "limit", "probe", "spreads"]
+
+
+class Spread(NamedTuple):
+    """Microseconds of a call: a fifth of the samples lie below ``p20``, a fifth above ``p80``."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def spreads(thunks: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Spread]:
+    """The times of each thunk, a round of all at a time so that drift hits all alike.
+
+    ``seconds`` is the time to spend on each; at least nine rounds are run, but for thunks of a second or more.
+    """
+    repeats, slowest = {}, 0.0
+    for name, thunk in thunks.items():
+        with tuning.on():
+            thunk()
+        device.settle()
+        start = time.perf_counter()
+        thunk()
+        device.settle()
+        once = max(time.perf_counter() - start, 1e-7)
+        repeats[name] = max(1, min(50, int(2e-4 / once)))  # a round of at least 0.2 ms, above timer noise
+        slowest = max(slowest, once)
+    samples: dict[str, list[float]] = {name: [] for name in thunks}
+    least = 9 if slowest < 1 else 5
+    deadline = time.perf_counter() + seconds * len(thunks)
+    rounds = 0
+    while rounds < least or (time.perf_counter() < deadline and rounds < 400):
+        rounds += 1
+        for name, thunk in thunks.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                thunk()
+            device.settle()
+            samples[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
+    return {name: _spread(values) for name, values in samples.items()}
+
+
+def _spread(values: list[float]) -> Spread:
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return Spread(fifths[0], statistics.median(values), fifths[3])
+
+
+def probe(where: str = "cpu") -> dict[str, Any]:
+    """The highest rates seen here, with the threads of now: ``{"flops": {dtype: FLOP/s}, "bytes": {size: B/s}}``.
+
+    FLOP/s of dense and of block products that fit the caches; bytes per second of copies (read plus
+    written) whose working set is ``size`` bytes. About two seconds.
+    """
+    flops: dict[str, float] = {}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        thunks, work = {}, 2 * 512**3
+        a, b = (torch.randn(512, 512, device=where).to(dtype) for _ in range(2))
+        thunks["product"] = lambda a=a, b=b: a @ b
+        if where == "cpu":
+            thunks["blocks"] = _blocks(dtype)
+        times = spreads(thunks, 0.1)
+        flops[str(dtype).removeprefix("torch.")] = work / (min(t.p20 for t in times.values()) * 1e-6)
+    rates = {}
+    for size in (1 << 18, 1 << 21, 1 << 24, 1 << 28):
+        source, to = torch.ones(size // 8, device=where), torch.empty(size // 8, device=where)
+        rates[str(size)] = size / (spreads({"copy": partial(to.copy_, source)}, 0.05)["copy"].p20 * 1e-6)
+    return {"flops": flops, "bytes": rates, "threads": torch.get_num_threads()}
+
+
+def _blocks(dtype: torch.dtype) -> Callable[[], object]:
+    from ..nn import SparseLinear
+
+    layer = SparseLinear(512, 512, bias=False, dtype=dtype, format="bsr")
+    x = torch.randn(512, 512).to(dtype)
+
+    def product():
+        with torch.no_grad():
+            return layer(x)
+
+    return product
+
+
+def limit(rates: Mapping[str, Any], dtype: str, flops: int, moved: int) -> tuple[str, float]:
+    """What bounds a kernel of so many FLOPs and bytes moved, ``flops`` or ``bytes``, and the us it sets."""
+    sizes = sorted(map(int, rates["bytes"]))
+    fits = next((size for size in sizes if moved <= size), sizes[-1])
+    by = {
+        "flops": flops / rates["flops"].get(dtype, rates["flops"]["float32"]) * 1e6,
+        "bytes": moved / rates["bytes"][str(fits)] * 1e6,
+    }
+    what = max(by, key=by.__getitem__)
+    return what, by[what]
