@@ -49,7 +49,7 @@ class Bitmap(Format):
     def unsupported(self, mask, groups=1):
         if mask.dim() != 2:
             return "the bitmap kernel is for linear layers, not for convolutions"
-        if int(mask.sum()) >= 2**31:
+        if mask.numel() >= 2**31 and int(mask.sum()) >= 2**31:
             return "more survivors than a 32-bit offset counts"
         return None
 

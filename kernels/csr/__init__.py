@@ -47,7 +47,7 @@ class Csr(Format):
         return layout.check(values, index["crow_indices"], index["col_indices"], shape)
 
     def unsupported(self, mask, groups=1):
-        if int(mask.sum()) >= 2**31:
+        if mask.numel() >= 2**31 and int(mask.sum()) >= 2**31:
             return "more survivors than a 32-bit index counts"
         return None
 

@@ -16,8 +16,10 @@ def columns(shape: torch.Size) -> int:
 def csr(mask: Tensor) -> dict[str, Tensor]:
     """``crow_indices [out + 1]`` and ``col_indices [nnz]`` (int32) of a bool mask ``[out, ...]``."""
     flat = mask.flatten(1)
-    col = flat.nonzero()[:, 1].to(torch.int32)
-    return {"crow_indices": _offsets(flat.sum(1)), "col_indices": col.contiguous()}
+    row, col = (part.contiguous() for part in flat.nonzero().unbind(1))
+    ends = torch.arange(flat.shape[0] + 1, device=mask.device)
+    # The rows ascend, so where each begins is a search: adding up bools takes twice as long as all the rest.
+    return {"crow_indices": torch.searchsorted(row, ends).to(torch.int32), "col_indices": col.to(torch.int32)}
 
 
 def transposed(crow_indices: Tensor, col_indices: Tensor, cols: int) -> dict[str, Tensor]:
