@@ -97,9 +97,10 @@ def best_block(mask: Tensor, families: Sequence[Sequence[tuple[int, int]]], grou
         cells = cells.view(g.groups * g.rows, g.taps, g.cols).transpose(1, 2)
         for block in family[:-1]:
             inner = (block[0] // rows, block[1] // cols)
-            if holds(cells, inner, groups):
-                if int(alive(cells, inner, groups).sum()) * block[0] * block[1] <= limit:
-                    return block
+            if not holds(cells, inner, groups):
+                continue
+            if int(alive(cells, inner, groups).sum()) * block[0] * block[1] <= limit:
+                return block
         return small
     return None
 
