@@ -104,7 +104,8 @@ def instability(
             _mix(mixed, first, second, alpha)
             if recalibrate is not None:
                 recalibrate(mixed)
-            curve.append(float(error(mixed)))
+            with torch.no_grad():
+                curve.append(float(error(mixed)))
         curves.append(tuple(curve))
     return Instability(tuple(points), tuple(curves), threshold)
 
