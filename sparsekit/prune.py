@@ -21,7 +21,7 @@ from .mask import Masks, check_masks, weight_of
 from .pattern import Pattern
 from .select import pools, select, shares, spread
 
-__all__ = ["CRITERIA", "Layer", "criterion", "prunable", "prune", "prune_step"]
+__all__ = ["CRITERIA", "Layer", "criterion", "prunable", "prune", "prune_step", "refill"]
 
 Scope = str | Sequence[str | Iterable[str]]
 
@@ -145,6 +145,26 @@ def prune_step(
 
     facts = Facts(model, layers, init, data, loss)
     return _prune(layers, alive, rate, pattern, criterion, scope, to_keep, steps, least, facts)
+
+
+@torch.no_grad()
+def refill(model: nn.Module, masks: Mapping[str, Tensor], pattern: str | Pattern) -> Masks:
+    """Structured masks as dense as ``masks`` in every layer, of the groups with most surviving magnitude.
+
+    Pruned weights inside a group that stays come back, which is why this is no step of pruning (refilling of
+    Chen et al., arXiv:2202.04736). Not for N:M, which fixes the density itself.
+    """
+    pattern = Pattern.parse(pattern)
+    if pattern.nm:
+        raise ValueError(f"Expected a pattern of groups to refill, got {str(pattern)!r}")
+    layers = prunable(model)
+    check_masks(masks, {name: weight_of(module).shape for name, module in layers.items()})
+    found: Masks = {}
+    for name, mask in masks.items():
+        scores = weight_of(layers[name]).detach().abs().float() * mask
+        everything, remove = torch.ones_like(mask), mask.numel() - int(mask.sum())
+        found |= select([name], {name: scores}, {name: everything}, pattern, remove)
+    return found
 
 
 def _alive(module: nn.Module) -> Tensor:

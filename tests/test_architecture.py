@@ -18,7 +18,7 @@ FLOORS = [
     {"pattern", "mask", "transposable"},
     {"criteria", "schedule", "select"},
     {"prune"},
-    {"collapse"},
+    {"collapse", "flops", "overlap"},
     {"format", "kernels", "files", "times"},
     {"plan"},
     {"ops", "autograd", "functional"},

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import format as formats
 from ..criteria import batches_of, find, name_of
+from ..flops import flop_density, positions
 from ..mask import Masks
 from ..nn import SparseModule, convert, dense_state, masks_of
 from ..pattern import Pattern
@@ -30,7 +31,7 @@ from .store import RunDir
 
 __all__ = ["Round", "TicketSearch", "plain", "tickets"]
 
-_OWN_METRICS = {"round", "density", "layers", "speedup", "overhead_seconds"}
+_OWN_METRICS = {"round", "density", "flop_density", "layers", "speedup", "overhead_seconds"}
 
 
 class Round:
@@ -192,7 +193,9 @@ class TicketSearch:
         if facts["data"] is not None:
             facts["data"] = batches_of(facts["data"])  # once: an iterator would be empty in the second round
         self._how |= facts
-        self._total = sum(module.weight.numel() for module in layers.values())
+        self._everything = {name: torch.ones(module.weight.shape, dtype=torch.bool) for name, module in layers.items()}
+        self._total = sum(mask.numel() for mask in self._everything.values())
+        self._positions: dict[str, int] = {}
         self._rehearse()
         self._example_inputs, self._impl = example_inputs, impl
         self._run_dir = run_dir
@@ -240,6 +243,13 @@ class TicketSearch:
         """Share of all prunable weights that ``masks`` leave alive."""
         dead = sum(mask.numel() - int(mask.sum()) for mask in masks.values())
         return 1 - dead / max(1, self._total)
+
+    def flop_density(self, model: nn.Module, masks: Mapping[str, Tensor]) -> float | None:
+        """Share of the multiply-adds of all prunable layers that ``masks`` leave; None without example inputs."""
+        if self._example_inputs is None:
+            return None
+        self._positions = self._positions or positions(model, self._example_inputs)
+        return flop_density({name: masks.get(name, mask) for name, mask in self._everything.items()}, self._positions)
 
     def convert(self, model: nn.Module, masks: Masks, formats: Mapping[str, str]) -> nn.Module:
         """A dense model with ``masks`` as this search trains it, in place; ``formats`` are of an earlier conversion."""
@@ -312,6 +322,7 @@ class TicketSearch:
         result = {
             "round": round_.number,
             "density": round_.density,
+            "flop_density": self.flop_density(round_.model, masks),
             "test_accuracy": None,
             "val_loss": None,
             "early_stop_iteration": None,
