@@ -13,12 +13,14 @@ from .nn import convert as convert
 from .nn import fuse as fuse
 from .nn import masks_of as masks_of
 from .nn import to_dense as to_dense
+from .overlap import overlap as overlap
 from .pattern import Pattern as Pattern
 from .plan import explain as explain
 from .prune import criterion as criterion
 from .prune import prunable as prunable
 from .prune import prune as prune
 from .schedule import schedule as schedule
+from .ticket import instability as instability
 from .ticket import tickets as tickets
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "criterion",
     "explain",
     "fuse",
+    "instability",
     "load",
     "masks_of",
+    "overlap",
     "prunable",
     "prune",
     "save",

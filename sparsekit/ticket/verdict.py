@@ -66,10 +66,10 @@ def judge(
         classes: 1 / classes is chance. ``empty_layers``: see :func:`sparsekit.collapse.collapsed`.
         confidence: of the intervals (Student's t over the seeds' differences; needs scipy from two seeds on).
 
-    *collapsed*: a layer is empty, or less than a tenth of what dense learnt over chance is left. *no better than
-    random*: ``reinit`` or ``random`` is as accurate (the interval holds 0; with one seed: the mean) and stops as
-    early. *winning*: mean accuracy no lower and mean stop no later than dense. *matching*: loses at most 0.2
-    points, or less than the interval can tell. *below dense* otherwise.
+    The word goes by means. *collapsed*: a layer is empty, or less than a tenth of what dense learnt over chance is
+    left. *no better than random*: less than 0.2 points above ``reinit`` or ``random`` and stops no earlier.
+    *winning*: no less accurate and stops no later than dense. *matching*: loses at most 0.2 points. *below dense*
+    otherwise. With one seed nothing is certain but an empty layer.
     Raises: ValueError on runs that cannot be paired; ImportError without scipy.
     """
     controls = controls or {}
@@ -80,24 +80,21 @@ def judge(
     stop = _difference(ticket, dense, "early_stop_iteration", confidence)
     against = {name: _difference(ticket, runs, "test_accuracy", confidence) for name, runs in controls.items()}
     stops = {name: _difference(ticket, runs, "early_stop_iteration", confidence) for name, runs in controls.items()}
-    several = len(dense) > 1
-
-    def as_good(name: str) -> bool:
-        if not several:
-            return against[name].mean <= 0 <= stops[name].mean
-        return against[name].low <= 0 and (against[name].high < 0 or stops[name].high >= 0)
+    random = [(against[name], stops[name]) for name in controls if name in _RANDOM]
+    better = all(gain.low > 0 or sooner.high < 0 for gain, sooner in random)
+    level = [gain for gain, sooner in random if gain.mean < _MATCHING and sooner.mean >= 0]
 
     learnt = _mean(dense, "test_accuracy") - 1 / classes
     if empty_layers or _mean(ticket, "test_accuracy") - 1 / classes < _LEARNT * learnt:
-        word, certain = "collapsed", bool(empty_layers) or several
-    elif any(as_good(name) for name in controls if name in _RANDOM):
-        word, certain = "no better than random", several
+        word, certain = "collapsed", bool(empty_layers) or accuracy.high < 0
+    elif level:
+        word, certain = "no better than random", any(gain.high < _MATCHING for gain in level)
     elif accuracy.mean >= 0 and stop.mean <= 0:
-        word, certain = "winning", accuracy.low >= -_MATCHING and stop.high <= 0
-    elif accuracy.mean >= -_MATCHING or (several and accuracy.high >= 0):
-        word, certain = "matching", accuracy.low >= -_MATCHING
+        word, certain = "winning", better and accuracy.low >= -_MATCHING and stop.high <= 0
+    elif accuracy.mean >= -_MATCHING:
+        word, certain = "matching", better and accuracy.low >= -_MATCHING
     else:
-        word, certain = "below dense", accuracy.high < 0
+        word, certain = "below dense", better and accuracy.high < 0
     return Verdict(word, certain, len(dense), accuracy, stop, against, stops)
 
 
