@@ -18,7 +18,20 @@ def weight_of(module: nn.Module) -> Tensor:
     orig, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
     if orig is not None and mask is not None:
         return orig * mask.to(orig.dtype)
-    return module.weight
+    return module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+
+
+def weight_name(path: str, module: nn.Module) -> str:
+    """The key under which a dense state dict holds the weight of the layer at ``path``."""
+    if isinstance(module, nn.MultiheadAttention):
+        return f"{path}.in_proj_weight" if path else "in_proj_weight"
+    # What was in_proj_weight is the weight of a layer in_proj once converted.
+    return f"{path}{getattr(module, 'joint', '.')}weight" if path else "weight"
+
+
+def bias_name(path: str, module: nn.Module) -> str:
+    """The key of the layer's bias, as of :func:`weight_name`."""
+    return weight_name(path, module).removesuffix("weight") + "bias"
 
 
 def mask_of(module: nn.Module) -> Tensor:
@@ -27,12 +40,13 @@ def mask_of(module: nn.Module) -> Tensor:
         return module.survivors()
     if getattr(module, "weight_orig", None) is not None and getattr(module, "weight_mask", None) is not None:
         return module.weight_mask != 0
-    return module.weight.detach() != 0
+    return weight_of(module).detach() != 0
 
 
 def from_model(model: nn.Module, names: list[str]) -> Masks:
     """Masks of the named weights (``"0.weight"``) as the model carries them now."""
-    return {name: mask_of(model.get_submodule(name.rpartition(".")[0])) for name in names}
+    layers = {weight_name(path, module): module for path, module in model.named_modules()}
+    return {name: mask_of(layers[name]) for name in names}
 
 
 def check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:

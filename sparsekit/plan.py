@@ -19,6 +19,8 @@ from . import _native, device
 from . import format as formats
 from ._version import __version__
 from .kernels import tuning
+from .mask import weight_of
+from .prune import why_not
 from .times import Times
 
 __all__ = ["Explanation", "LayerPlan", "choose", "explain"]
@@ -163,10 +165,13 @@ def explain(model: nn.Module) -> Explanation:
         if hasattr(module, "survivors"):
             plan, share = getattr(module, "plan", None), module.density
             if plan is None or plan.chosen != module.format.name:  # built by hand, or moved since
-                plan = LayerPlan(name, type(module).__name__, module.shape, share, module.format.name, forced=True)
+                kind, shape = type(module).__name__, tuple(module.dense_shape)
+                plan = LayerPlan(name, kind, shape, share, module.format.name, forced=True)
             found.append(replace(plan, name=name, density=share))
-        elif isinstance(module, nn.Linear | nn.Conv2d) and isinstance(getattr(module, "weight", None), torch.Tensor):
-            why = "no weight of it is pruned" if type(module) in (nn.Linear, nn.Conv2d) else "not a plain torch layer"
-            kind, shape = type(module).__name__, tuple(module.weight.shape)
+        elif why_not(module) != "":
+            weight = weight_of(module)
+            known = weight is not None and not nn.parameter.is_lazy(weight)
+            kind, shape = type(module).__name__, tuple(weight.shape) if known else ()
+            why = why_not(module) or "no weight of it is pruned"
             found.append(LayerPlan(name, kind, shape, 1.0, "torch", rejected={"sparse": why}))
     return Explanation(tuple(found))

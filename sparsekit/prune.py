@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .criteria import CRITERIA, Facts, Layer, criterion, find
-from .mask import Masks, check_masks, weight_of
+from .mask import Masks, check_masks, weight_name, weight_of
 from .pattern import Pattern
 from .select import pools, select, shares, spread
 
-__all__ = ["CRITERIA", "Layer", "criterion", "prunable", "prune", "prune_step", "refill"]
+__all__ = [
+    "CRITERIA", "Layer", "criterion", "is_transposed", "prunable", "prune", "prune_step", "refill", "why_not",
+]  # fmt: skip
 
 Scope = str | Sequence[str | Iterable[str]]
 
@@ -30,34 +32,65 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Modu
     """The layers whose weights can be pruned, as ``{"0.weight": module}`` in model order.
 
     ``exclude`` holds fnmatch patterns of module or weight names (``"fc3"``, ``"head.*"``); one that
-    matches nothing raises ValueError. Plain ``nn.Linear`` and ``nn.Conv2d`` layers (under
-    ``torch.nn.utils.prune`` or not) and sparsekit's own count; subclasses and reparametrised layers do
-    not, because their forward is unknown. A module reached by two names counts once.
+    matches nothing raises ValueError. Plain ``nn.Linear``, ``nn.Conv1d`` and ``nn.Conv2d`` layers (under
+    ``torch.nn.utils.prune`` or not), GPT-2's ``Conv1D``, both projections of ``nn.MultiheadAttention`` and
+    sparsekit's own count; subclasses and reparametrised layers do not, because their forward is unknown
+    (:func:`why_not`). A module reached by two names counts once.
     """
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    found, used = {}, set()
+    found, used, left = {}, set(), set()
     for name, module in model.named_modules():
-        if not _is_prunable(module):
+        if isinstance(module, nn.TransformerDecoderLayer):
+            left |= set(module.multihead_attn.modules())  # in torch's own order, the parent comes first
+        if module in left or why_not(module) is not None:
+            left |= set(module.modules()) if isinstance(module, nn.MultiheadAttention) else set()
             continue
-        weight_name = f"{name}.weight" if name else "weight"
-        hits = {p for p in patterns if fnmatchcase(name, p) or fnmatchcase(weight_name, p)}
-        used |= hits
-        if not hits:
-            found[weight_name] = module
+        own = {weight_name(name, module): module}
+        if isinstance(module, nn.MultiheadAttention):
+            own[f"{name}.out_proj.weight" if name else "out_proj.weight"] = module.out_proj
+            left.add(module.out_proj)
+        for weight, layer in own.items():
+            hits = {p for p in patterns if fnmatchcase(weight.rpartition(".")[0], p) or fnmatchcase(weight, p)}
+            used |= hits
+            if not hits:
+                found[weight] = layer
     if missing := [p for p in patterns if p not in used]:
         raise ValueError(f"Expected exclude to name prunable layers ({', '.join(found) or 'none'}), got {missing}")
     return found
 
 
-def _is_prunable(module: nn.Module) -> bool:
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer is GPT-2's ``Conv1D``, a linear layer whose weight is ``[in, out]``; known by name alone."""
+    names = {(kind.__module__, kind.__name__) for kind in (type(module), getattr(module, "dense_class", None)) if kind}
+    return ("transformers.pytorch_utils", "Conv1D") in names
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why the weight of a module cannot be pruned, ``""`` when it has none to prune, None when it can."""
     if hasattr(module, "survivors"):
-        return True
-    if type(module) not in (nn.Linear, nn.Conv2d):
-        return False
-    return "weight" in module._parameters or {"weight_orig", "weight_mask"} <= {
-        *module._parameters,
-        *module._buffers,
-    }
+        return None
+    if nn.utils.parametrize.is_parametrized(module):
+        return "parametrized; torch.nn.utils.parametrize.remove_parametrizations folds its weight"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "lazy; the first batch makes its weight"
+    if isinstance(module, nn.MultiheadAttention):
+        if type(module) is not nn.MultiheadAttention or module._parameters.get("in_proj_weight") is None:
+            return "not a plain torch attention over one width"
+        return "bias_k, bias_v or add_zero_attn" if module.bias_k is not None or module.add_zero_attn else None
+    if isinstance(module, nn.Conv3d):
+        return "no sparse kernel for convolutions in three dimensions"
+    if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return ""  # the output projection of an attention, which answers for it
+    if type(module) not in _PLAIN and not is_transposed(module):
+        return "not a plain torch layer" if isinstance(module, _PLAIN) else ""
+    if "weight" in module._parameters or {"weight_orig", "weight_mask"} <= {*module._parameters, *module._buffers}:
+        return None
+    if "weight_g" in module._parameters:
+        return "under weight_norm; torch.nn.utils.remove_weight_norm folds it"
+    return "its weight is not a parameter"
 
 
 def prune(
@@ -173,7 +206,8 @@ def _alive(module: nn.Module) -> Tensor:
         return module.survivors()
     if getattr(module, "weight_mask", None) is not None:
         return module.weight_mask != 0
-    return torch.ones(module.weight.shape, dtype=torch.bool, device=module.weight.device)
+    weight = weight_of(module)
+    return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
 
 
 def _count(alive: Mapping[str, Tensor], names: Iterable[str]) -> int:
@@ -194,6 +228,12 @@ def _prune(layers, alive, given, pattern, criterion, scope, to_keep, steps, leas
     for name, value, floor_ in (("steps", steps, 1), ("least", least, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < floor_:
             raise ValueError(f"Expected {name} as a whole number of at least {floor_}, got {value!r}")
+    transposed = {name for name, module in layers.items() if is_transposed(module)}
+
+    def turned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights as patterns mean them, [out, in], and back."""
+        return {name: t.t().contiguous() if name in transposed else t for name, t in tensors.items()}
+
 
     if scope in ("er", "erk"):
         counts = spread(scope, alive, to_keep(list(layers), rates[0]))
@@ -204,15 +244,17 @@ def _prune(layers, alive, given, pattern, criterion, scope, to_keep, steps, leas
     masks: Masks = dict(alive)
     for step in range(1, (1 if pattern.nm else steps) + 1):
         facts.under(masks)
-        scores = {name: _scores(score, name, module, masks[name], facts) for name, module in layers.items()}
+        scores = turned({name: _scores(score, name, module, masks[name], facts) for name, module in layers.items()})
         if pattern.nm:
-            masks = {name: pattern.nm_mask(scores[name], alive[name]) for name in layers}
+            alive = turned(alive)
+            masks = turned({name: pattern.nm_mask(scores[name], alive[name]) for name in layers})
             break
         after: Masks = {}
+        masks = turned(masks)
         for pool, begin, goal in zip(together, first, goals, strict=True):
             keep = _between(begin, goal, step / steps)
             after.update(select(pool, scores, masks, pattern, _count(masks, pool) - keep, least))
-        masks = after
+        masks = turned(after)
     for name, mask in masks.items():
         if not mask.any():
             warnings.warn(f"{name}: no weight survives; the layer will output its bias", stacklevel=4)

@@ -290,7 +290,7 @@ def test_what_is_prunable():
             "line": nn.Conv1d(3, 4, 3),
         }
     )
-    assert list(sk.prunable(model)) == ["plain.weight", "conv.weight", "deep.1.weight"]
+    assert list(sk.prunable(model)) == ["plain.weight", "conv.weight", "deep.1.weight", "line.weight"]
     assert list(sk.prunable(nn.Linear(2, 2))) == ["weight"]
 
 

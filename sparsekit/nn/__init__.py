@@ -1,7 +1,9 @@
 """Drop-in modules and whole-model conversion."""
 
+from .attention import SparseMultiheadAttention as SparseMultiheadAttention
 from .base import SparseModule as SparseModule
 from .compaction import compact as compact
+from .conv import SparseConv1d as SparseConv1d
 from .conv import SparseConv2d as SparseConv2d
 from .convert import convert as convert
 from .convert import dense_state as dense_state

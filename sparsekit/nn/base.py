@@ -25,6 +25,8 @@ class SparseModule(nn.Module):
     dense_class: type[nn.Module]
     plan = None
     layer_name = ""
+    joint = "."
+    """What stands between the layer's path and ``weight`` in the key of a dense state dict."""
     activation = "none"
     """What the layer applies to its output; :func:`sparsekit.fuse` sets it."""
 
@@ -52,11 +54,13 @@ class SparseModule(nn.Module):
         self._store(self._fold(weight), self._fold(mask), formats.get(format))
         self.values.requires_grad_(_leaf(dense).requires_grad)
 
-    def _fold(self, dense: Tensor) -> Tensor:
+    @staticmethod
+    def _fold(dense: Tensor) -> Tensor:
         """A tensor of the dense layer's shape as ``[out, in]`` or ``[out, in/groups, kh, kw]``, which formats hold."""
         return dense
 
-    def _unfold(self, folded: Tensor) -> Tensor:
+    @staticmethod
+    def _unfold(folded: Tensor) -> Tensor:
         """The inverse of :meth:`_fold`."""
         return folded
 
@@ -151,6 +155,11 @@ class SparseModule(nn.Module):
     def pack(self, dense: Tensor) -> Tensor:
         """A dense tensor of the weight's shape in the layout of ``values``: what survives of it."""
         return self.format.gather(self._fold(dense), self._saved_index()).clone()
+
+    @property
+    def dense_shape(self) -> torch.Size:
+        """The shape of the dense layer's weight; ``shape`` is that of the weight as formats hold it."""
+        return self._unfold(torch.empty(self.shape, device="meta")).shape
 
     @property
     def density(self) -> float:
@@ -250,7 +259,7 @@ def _incoming(own: dict, prefix: str, layer: SparseModule, errors: list) -> tupl
         return None
     else:
         return None
-    dense = layer._unfold(torch.empty(shape, device="meta")).shape
+    dense = layer.dense_shape
     for name, tensor in {"weight": weight, "weight_mask": mask}.items():
         if tensor is not None and tensor.shape != dense:
             errors.append(f"{prefix}{name}: Expected a {name} of shape {list(dense)}, got {list(tensor.shape)}")

@@ -146,8 +146,10 @@ class SparseConv1d(_SparseConv):
             raise ValueError(f"{name}: Expected an input of shape [N, {self.in_channels}, L], got {list(x.shape)}")
         return self._convolve(self._padded(x).unsqueeze(-2)).squeeze(-2)
 
-    def _fold(self, dense: Tensor) -> Tensor:
+    @staticmethod
+    def _fold(dense: Tensor) -> Tensor:
         return dense.unsqueeze(2)
 
-    def _unfold(self, folded: Tensor) -> Tensor:
+    @staticmethod
+    def _unfold(folded: Tensor) -> Tensor:
         return folded.squeeze(2)

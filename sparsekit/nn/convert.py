@@ -13,17 +13,29 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from .. import format as formats
 from ..kernels import tuning
-from ..mask import Masks, check_masks, density, mask_of, weight_of
+from ..mask import Masks, bias_name, check_masks, density, mask_of, weight_name, weight_of
 from ..plan import LayerPlan, cache_key, choose, density_bucket
-from ..prune import prunable
+from ..prune import is_transposed, prunable, why_not
+from .attention import (
+    SparseMultiheadAttention,
+    TransposedLinear,
+    block_fast_paths,
+    in_projection,
+    restore_fast_paths,
+)
 from .base import SparseModule
-from .conv import SparseConv2d
+from .conv import SparseConv1d, SparseConv2d
 from .fuse import Applied
 from .linear import SparseLinear
 
 __all__ = ["convert", "dense_state", "masks_of", "to_dense"]
 
-_SPARSE = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+_SPARSE = {
+    nn.Linear: SparseLinear,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: SparseLinear,  # the output projection of an attention
+    nn.Conv1d: SparseConv1d,
+    nn.Conv2d: SparseConv2d,
+}
 _ASSUMED_BATCH, _ASSUMED_IMAGE = 64, (16, 32, 32)
 _HOOKS = [name for name in nn.Module().__dict__ if name.endswith("_hooks") or "_hooks_" in name]
 
@@ -57,6 +69,7 @@ def convert(
     impls = _impls(impl, layers)
     if masks is None:
         masks = {name: mask_of(module) for name, module in layers.items()}
+    _explain_refused(model, masks, layers)
     check_masks(masks, {name: torch.Size(weight_of(module).shape) for name, module in layers.items()})
     for name in masks:
         if not weight_of(layers[name]).is_floating_point():
@@ -65,7 +78,8 @@ def convert(
     for name, mask in masks.items():
         if impls[name] == "auto":
             continue
-        if reason := formats.get(impls[name]).unsupported(mask, getattr(layers[name], "groups", 1)):
+        folded = _sparse_class(layers[name])._fold(mask)
+        if reason := formats.get(impls[name]).unsupported(folded, getattr(layers[name], "groups", 1)):
             raise ValueError(f"{name}: Expected a layer that {impls[name]!r} can hold, got {reason}")
     _reject_tied(model, layers, masks)
     if not inplace:
@@ -76,12 +90,33 @@ def convert(
     for name, mask in masks.items():
         module = layers[name]
         x = inputs.get(id(module))
-        sparse = _plan_layer(name.rpartition(".")[0], module, mask, x, training, impls[name])
-        _copy_hooks(module, sparse)
+        attention = isinstance(module, nn.MultiheadAttention)
+        path, layer = name.removesuffix("_weight").removesuffix(".weight"), module
+        if attention:
+            layer = in_projection(module)
+        sparse = _plan_layer(path if path != "weight" else "", layer, mask, x, training, impls[name])
+        sparse.joint = getattr(module, "joint", ".")
+        if not attention:
+            _copy_hooks(module, sparse)
         swaps[id(module)] = sparse
         if not mask.any():
             warnings.warn(f"{name}: no weight survives; the layer outputs its bias", stacklevel=2)
-    return _swap(model, swaps)
+    for attention in [m for m in model.modules() if type(m) is nn.MultiheadAttention]:
+        parts = swaps.pop(id(attention), None), swaps.pop(id(attention.out_proj), None)
+        if parts != (None, None):
+            swaps[id(attention)] = whole = SparseMultiheadAttention.from_dense(attention, *parts)
+            _copy_hooks(attention, whole)
+    model = _swap(model, swaps)
+    block_fast_paths(model)
+    return model
+
+
+def _explain_refused(model: nn.Module, masks: Any, layers: Mapping[str, nn.Module]) -> None:
+    """A mask for a layer that is there but cannot be pruned gets the reason."""
+    for path, module in model.named_modules():
+        name = f"{path}.weight" if path else "weight"
+        if isinstance(masks, Mapping) and name in masks and name not in layers and (reason := why_not(module)):
+            raise ValueError(f"{name}: Expected a mask for a layer that can be pruned, got one that is {reason}")
 
 
 def _impls(impl: str | Mapping[str, str], layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -89,6 +124,7 @@ def _impls(impl: str | Mapping[str, str], layers: Mapping[str, nn.Module]) -> di
     impls = dict.fromkeys(layers, "auto" if isinstance(impl, Mapping) else impl)
     for layer, name in impl.items() if isinstance(impl, Mapping) else ():
         weight = f"{layer}.weight" if layer else "weight"
+        weight = weight if weight in layers else f"{layer}_weight"
         if weight not in layers:
             raise ValueError(f"Expected impl to name prunable layers ({', '.join(layers)}), got {layer!r}")
         impls[weight] = name
@@ -114,13 +150,19 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
             swaps[id(module)] = dense
         elif isinstance(module, Applied):
             swaps[id(module)] = module.activation
-    return _swap(model, swaps)
+        elif isinstance(module, SparseMultiheadAttention):
+            dense = module.to_dense()
+            _copy_hooks(module, dense)
+            swaps[id(module)] = dense
+    model = _swap(model, swaps)
+    restore_fast_paths(model)
+    return model
 
 
 def masks_of(model: nn.Module) -> Masks:
     """The masks of all sparse layers of a converted model, ``{"0.weight": bool tensor}``."""
     return {
-        f"{name}.weight" if name else "weight": module.survivors()
+        weight_name(name, module): module.survivors()
         for name, module in model.named_modules()
         if isinstance(module, SparseModule)
     }
@@ -129,15 +171,26 @@ def masks_of(model: nn.Module) -> Masks:
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that :func:`to_dense` would give, without building the model; copies."""
     state = {}
-    modules = model.named_modules(remove_duplicate=False)  # a module under two names has two sets of keys
-    packed = {name: module for name, module in modules if isinstance(module, SparseModule)}
+    modules = dict(model.named_modules(remove_duplicate=False))  # a module under two names has two sets of keys
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
-        if owner in packed and leaf == "values":
-            state[f"{owner}.weight" if owner else "weight"] = packed[owner].weight.detach().clone()
-        elif owner not in packed or leaf == "bias":
+        module = modules.get(owner)
+        if isinstance(module, SparseModule) and leaf == "values":
+            state[weight_name(owner, module)] = module.weight.detach().clone()
+        elif hasattr(module, "joint") and leaf in ("weight", "bias"):
+            state[(weight_name if leaf == "weight" else bias_name)(owner, module)] = tensor.detach().clone()
+        elif not isinstance(module, SparseModule):
             state[name] = tensor.detach().clone()
     return state
+
+
+def _sparse_class(module: nn.Module) -> type[SparseModule]:
+    """The sparse class that takes a dense layer's place, or that a sparse layer has."""
+    if isinstance(module, SparseModule):
+        return type(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return SparseLinear
+    return TransposedLinear if is_transposed(module) else _SPARSE[type(module)]
 
 
 def _plan_layer(
@@ -145,7 +198,8 @@ def _plan_layer(
 ) -> SparseModule:
     if isinstance(module, SparseModule):
         module = module.to_dense()
-    sparse_class, share = _SPARSE[type(module)], density({name: mask})
+    sparse_class, share = _sparse_class(module), density({name: mask})
+    folded = sparse_class._fold(mask)
     facts = {
         "name": name,
         "kind": type(module).__name__,
@@ -155,7 +209,7 @@ def _plan_layer(
     }
     groups = getattr(module, "groups", 1)
     if impl != "auto":
-        if why := formats.get(impl).absent(weight_of(module).device, mask, groups):
+        if why := formats.get(impl).absent(weight_of(module).device, folded, groups):
             warnings.warn(f"{name}: {why}, so {impl!r} runs as a dense product here", stacklevel=3)
         sparse = sparse_class.from_dense(module, mask, impl, name)
         sparse.plan = LayerPlan(**facts, chosen=impl, forced=True)
@@ -171,7 +225,7 @@ def _plan_layer(
         x = _assumed_input(module)
     rejected, candidates = {}, {}
     for fmt in map(formats.get, formats.names()):
-        if reason := fmt.absent(x.device, mask, groups) or fmt.unsupported(mask, groups):
+        if reason := fmt.absent(x.device, folded, groups) or fmt.unsupported(folded, groups):
             rejected[fmt.name] = reason
             continue
         candidates[fmt.name] = sparse_class.from_dense(module, mask, fmt.name, name)
@@ -236,8 +290,11 @@ def _thunk(module: nn.Module, x: Tensor, training: bool):
 
 def _assumed_input(module: nn.Module) -> Tensor:
     weight = module.weight
-    if isinstance(module, nn.Linear):
-        size = (_ASSUMED_BATCH, module.in_features)
+    if isinstance(module, nn.Linear) or is_transposed(module):
+        size = (_ASSUMED_BATCH, weight.shape[0 if is_transposed(module) else 1])
+    elif isinstance(module, nn.Conv1d):
+        batch, height, width = _ASSUMED_IMAGE
+        size = (batch, module.in_channels, max(height * width, module.dilation[0] * (module.kernel_size[0] - 1) + 1))
     else:
         batch, height, width = _ASSUMED_IMAGE
         reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
@@ -254,14 +311,18 @@ def _record_inputs(
         return {}
     seen: dict[int, Tensor] = {}
 
-    def keep(module, args):
-        if args and isinstance(args[0], Tensor) and id(module) not in seen:
-            seen[id(module)] = args[0].detach().clone(memory_format=torch.preserve_format).requires_grad_(
-                training and args[0].requires_grad
-            )
+    def keep(module, args, kwargs):
+        x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        for layer in (module, getattr(module, "out_proj", module)):  # attention calls its output projection by weight
+            if x is not None and id(layer) not in seen:
+                x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(training and x.requires_grad)
+                seen[id(layer)] = x
 
     flags = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_pre_hook(keep) for module in targets]
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in {*targets, *attentions}]
+    shortcut = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it calls no layer
     try:
         model.eval()  # keeps batch-norm statistics as they are
         with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training):
@@ -272,6 +333,7 @@ def _record_inputs(
             else:
                 model(example_inputs)
     finally:
+        torch.backends.mha.set_fastpath_enabled(shortcut)
         for handle in handles:
             handle.remove()
         for module, flag in flags.items():
@@ -290,7 +352,10 @@ def _reject_tied(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mappi
             full = f"{module_name}.{name}" if module_name else name
             first = owners.setdefault(id(parameter), full)
             for tied in {first, full} & masks.keys() if first != full else ():
-                raise ValueError(f"{tied}: Expected a weight of its own, got one shared by {first} and {full}")
+                raise ValueError(
+                    f"{tied}: Expected a weight of its own, got one shared by {first} and {full}; "
+                    "leave it dense by exclude=, or untie them"
+                )
 
 
 def _copy_hooks(source: nn.Module, target: nn.Module) -> None:

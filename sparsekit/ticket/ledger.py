@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..mask import Masks
 from ..nn import to_dense
@@ -45,10 +46,23 @@ def masked_dense(model: nn.Module, masks: Masks) -> nn.Module:
     """A copy of ``model`` that simulates the masks the way every other tool does; no mask, no product."""
     twin = to_dense(model)
     for name, mask in masks.items():
-        module = twin.get_submodule(name.rpartition(".")[0])
-        module.register_buffer("mask", mask.to(module.weight.dtype), persistent=False)
-        module.__class__ = _MASKED[type(module)]
+        path, _, leaf = name.rpartition(".")
+        module = twin.get_submodule(path)
+        if type(module) in _MASKED:
+            module.register_buffer("mask", mask.to(module.weight.dtype), persistent=False)
+            module.__class__ = _MASKED[type(module)]
+        else:
+            parametrize.register_parametrization(module, leaf, _Masked(mask))
     return twin
+
+
+class _Masked(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
 
 
 def masked_dense_us(model: nn.Module, masks: Masks, example_inputs: Any) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import format as formats
 from ..criteria import batches_of, find, name_of
 from ..flops import flop_density, positions
-from ..mask import Masks
+from ..mask import Masks, weight_of
 from ..nn import SparseModule, convert, dense_state, masks_of
 from ..pattern import Pattern
 from ..plan import explain
@@ -187,14 +187,9 @@ class TicketSearch:
         for name, module in layers.items():
             if hasattr(module, "survivors") or hasattr(module, "weight_orig"):
                 raise ValueError(f"{name}: Expected a dense weight, got a pruned one; sparsekit.to_dense gives it back")
-        self.model, self._rounds = model, rounds
-        self._rates, self._score_at = check_rates(rate, rounds), score_at
-        self._how = {"pattern": self.pattern, "criterion": criterion, "scope": scope, "exclude": exclude}
-        if facts["data"] is not None:
-            facts["data"] = batches_of(facts["data"])  # once: an iterator would be empty in the second round
-        self._how |= facts
-        self._everything = {name: torch.ones(module.weight.shape, dtype=torch.bool) for name, module in layers.items()}
-        self._total = sum(mask.numel() for mask in self._everything.values())
+        everything = {name: torch.ones(weight_of(m).shape, dtype=torch.bool) for name, m in layers.items()}
+        self._everything = everything
+        self._total = sum(mask.numel() for mask in everything.values())
         self._positions: dict[str, int] = {}
         self._rehearse()
         self._example_inputs, self._impl = example_inputs, impl

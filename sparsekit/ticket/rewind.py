@@ -18,6 +18,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from ..mask import bias_name, weight_name
 from ..nn import SparseModule
 
 __all__ = ["Rewind", "Snapshot", "check_optimizer", "decode", "encode", "get_rng", "set_rng"]
@@ -124,6 +125,11 @@ def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: d
         id(module.values): (name, module) for name, module in model.named_modules() if isinstance(module, SparseModule)
     }
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for path, module in model.named_modules():
+        if hasattr(module, "joint"):  # a converted attention's in_proj.bias was called in_proj_bias
+            names |= {id(module.bias): bias_name(path, module)}
+            if not isinstance(module, SparseModule):
+                names |= {id(module.weight): weight_name(path, module)}
     state, groups, count = {}, [], 0
     for group, old in zip(optimizer.param_groups, saved["groups"], strict=True):
         numbers = range(count, count := count + len(group["params"]))
@@ -132,7 +138,7 @@ def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: d
             name, gather = names[id(parameter)], _copy
             if id(parameter) in owners:
                 prefix, module = owners[id(parameter)]
-                name = f"{prefix}.weight" if prefix else "weight"
+                name = weight_name(prefix, module)
                 gather = _gatherer(module)
             if name in saved["state"]:
                 state[number] = {k: gather(v) for k, v in saved["state"][name].items()}
@@ -141,7 +147,7 @@ def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: d
 
 def _gatherer(module: SparseModule):
     def gather(value):
-        if isinstance(value, Tensor) and tuple(value.shape) == module.shape:
+        if isinstance(value, Tensor) and value.shape == module.dense_shape:
             return module.pack(value.to(module.values.device))
         return _copy(value)
 
