@@ -21,6 +21,12 @@ def weight_of(module: nn.Module) -> Tensor:
     return module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer is GPT-2's ``Conv1D``, a linear layer whose weight is ``[in, out]``; known by name alone."""
+    names = {(kind.__module__, kind.__name__) for kind in (type(module), getattr(module, "dense_class", None)) if kind}
+    return ("transformers.pytorch_utils", "Conv1D") in names
+
+
 def weight_name(path: str, module: nn.Module) -> str:
     """The key under which a dense state dict holds the weight of the layer at ``path``."""
     if isinstance(module, nn.MultiheadAttention):

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .criteria import CRITERIA, Facts, Layer, criterion, find
-from .mask import Masks, check_masks, weight_name, weight_of
+from .mask import Masks, check_masks, is_transposed, weight_name, weight_of
 from .pattern import Pattern
 from .select import pools, select, shares, spread
 
-__all__ = [
-    "CRITERIA", "Layer", "criterion", "is_transposed", "prunable", "prune", "prune_step", "refill", "why_not",
-]  # fmt: skip
+__all__ = ["CRITERIA", "Layer", "criterion", "prunable", "prune", "prune_step", "refill", "why_not"]
 
 Scope = str | Sequence[str | Iterable[str]]
 
@@ -60,12 +58,6 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Modu
 
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer is GPT-2's ``Conv1D``, a linear layer whose weight is ``[in, out]``; known by name alone."""
-    names = {(kind.__module__, kind.__name__) for kind in (type(module), getattr(module, "dense_class", None)) if kind}
-    return ("transformers.pytorch_utils", "Conv1D") in names
 
 
 def why_not(module: nn.Module) -> str | None:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from ..mask import is_transposed
+
 __all__ = ["Facts", "batches_of", "call"]
 
 
@@ -68,6 +70,8 @@ class Facts:
     def input_rms(self, name: str, weight: Tensor) -> Tensor:
         """Root mean square per input, broadcast to ``weight``."""
         rms = self._once("input_rms", self._input_rms)[name]
+        if is_transposed(_module(self._model, name)):
+            return rms.view(-1, 1).expand_as(weight)
         groups = rms.numel() // weight.shape[1]
         rows = rms.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
         return rows.view(*weight.shape[:2], *[1] * (weight.dim() - 2)).expand_as(weight)
@@ -156,7 +160,7 @@ class Facts:
 
         def watcher(name: str):
             def watch(module: nn.Module, args: tuple) -> None:
-                channel = -3 if isinstance(module, nn.Conv2d) else -1
+                channel = -3 if isinstance(module, nn.Conv2d) else -2 if isinstance(module, nn.Conv1d) else -1
                 x = args[0].detach().movedim(channel, -1).flatten(0, -2).float()
                 sums[name] = sums.get(name, 0) + x.square().sum(0)
                 counts[name] += len(x)
@@ -205,7 +209,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def _parameter(model: nn.Module, name: str) -> Tensor:
-    return _module(model, name).weight
+    return getattr(_module(model, name), name.rpartition(".")[2])
 
 
 def _dense_twin(model: nn.Module) -> nn.Module:
@@ -216,7 +220,7 @@ def _dense_twin(model: nn.Module) -> nn.Module:
         if "weight_orig" in module._parameters and isinstance(weight, Tensor):
             memo[id(weight)] = weight.detach().clone()  # a non-leaf, which deepcopy refuses
     twin = copy.deepcopy(model, memo)
-    swaps = {id(module): module.to_dense() for module in twin.modules() if hasattr(module, "survivors")}
+    swaps = {id(module): module.to_dense() for module in twin.modules() if hasattr(module, "dense_class")}
     for module in list(twin.modules()):
         if "weight_orig" in module._parameters:
             torch_prune.remove(module, "weight")

@@ -26,6 +26,7 @@ class SparseMultiheadAttention(nn.Module):
     sequences takes the rows it needs of ``in_proj.weight`` at a dense layer's speed.
     """
 
+    dense_class = nn.MultiheadAttention
     in_proj_weight = in_proj_bias = None
     """torch's fast paths read weights past the layers that hold them; these names tell them to stay away."""
     bias_k = bias_v = None

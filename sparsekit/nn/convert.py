@@ -13,9 +13,9 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from .. import format as formats
 from ..kernels import tuning
-from ..mask import Masks, bias_name, check_masks, density, mask_of, weight_name, weight_of
+from ..mask import Masks, bias_name, check_masks, density, is_transposed, mask_of, weight_name, weight_of
 from ..plan import LayerPlan, cache_key, choose, density_bucket
-from ..prune import is_transposed, prunable, why_not
+from ..prune import prunable, why_not
 from .attention import (
     SparseMultiheadAttention,
     TransposedLinear,

@@ -187,6 +187,12 @@ class TicketSearch:
         for name, module in layers.items():
             if hasattr(module, "survivors") or hasattr(module, "weight_orig"):
                 raise ValueError(f"{name}: Expected a dense weight, got a pruned one; sparsekit.to_dense gives it back")
+        self.model, self._rounds = model, rounds
+        self._rates, self._score_at = check_rates(rate, rounds), score_at
+        self._how = {"pattern": self.pattern, "criterion": criterion, "scope": scope, "exclude": exclude}
+        if facts["data"] is not None:
+            facts["data"] = batches_of(facts["data"])  # once: an iterator would be empty in the second round
+        self._how |= facts
         everything = {name: torch.ones(weight_of(m).shape, dtype=torch.bool) for name, m in layers.items()}
         self._everything = everything
         self._total = sum(mask.numel() for mask in everything.values())
