@@ -26,6 +26,7 @@ FLOORS = [
     {"data", "nets", "models", "words", "figures", "report"},
     {"ticket"},
     {"export", "reproduce"},
+    {"integrations"},
     {"bench", "info"},
     {"__main__"},
     {"demo"},

@@ -193,6 +193,11 @@ class SparseModule(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         problems: list[str] = []
+        if hasattr(self.values, "full_tensor"):
+            if not (problem := self._is_shard(own, prefix)):
+                return super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+            errors.append(f"{prefix}values: Expected {problem}")
+            return None
         found = _incoming(own, prefix, self, problems)
         if found is not None:
             assign = metadata.get("assign_to_params_buffers", False)
@@ -210,6 +215,18 @@ class SparseModule(nn.Module):
             for name, tensor in {"values": self.values.data, **self._saved_index()}.items():
                 own[prefix + name] = tensor
         super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
+
+    def _is_shard(self, own: dict, prefix: str) -> str | None:
+        """Why a state dict cannot be copied into sharded values (a DTensor) as it is, or None when it can."""
+        given, index = {key[len(prefix) :]: value for key, value in own.items()}, self._saved_index()
+        if not given.keys() & _KEYS:
+            return None
+        values = given.get("values")
+        known = values is not None and values.shape == self.values.shape and index.keys() <= given.keys()
+        if not known or not all(torch.equal(given[name], tensor) for name, tensor in index.items()):
+            return "the packed survivors of this layer's own format and mask, because it is sharded; got others"
+        whole = values.full_tensor() if hasattr(values, "full_tensor") else values
+        return self.format.check(whole, index, torch.Size(self.shape))
 
     @torch.no_grad()
     def _take(self, weight: Tensor, mask: Tensor | None, assign: bool) -> None:
