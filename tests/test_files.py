@@ -1,5 +1,6 @@
 """Files: whole or not at all, and nothing in them is trusted."""
 
+import base64
 import errno
 import json
 import os
@@ -40,10 +41,47 @@ def test_tensors_round_trip(tmp_path):
     path = tmp_path / "a.safetensors"
     write_tensors(path, tensors(), {"recipe": {"rounds": [1, 2]}, "name": "ü"})
     got, header = read_tensors(path)
-    assert header == {"version": 1, "recipe": {"rounds": [1, 2]}, "name": "ü"}
+    assert header == {"version": 2, "recipe": {"rounds": [1, 2]}, "name": "ü"}
     assert got.keys() == tensors().keys()
     for name, want in tensors().items():
         assert got[name].dtype == want.dtype and torch.equal(got[name], want)
+
+
+VERSION_1 = base64.b85decode(
+    "m;nF)00000dm>+7ZDn*}WMOn+Utc0Rdm?jiVRCb2YiV>MIwE^qB6ekRb7^mGTp~IkF)SclB6DbAaAk8`B03;@Tq0&;E_Y>VXJ~X>"
+    "B03;jGAtl7U41MdTq0y;ZgXjLd0ZkoATTa9EFfGWZDDh3b6g@iAY3A4V=*^4I5#k4V>mZ8GB7YUHZo>0WMepHGBsmmIW}T7H#jmi"
+    "IWuE5I5TEpWjADDW;tarIAJk0Hexh4Wny7mA}k<WB64M8X>es+B03;@Tq1IBb#7#HTp~IkGktv`eJmnoV=iK8VRIrndm?0Xd2nSS"
+    "IwD3hG9oM@b7*03Wg<FTGF>bpWMOn+UvFk+b7gdMB05_zEI3_#EFxxOE_Y>VXJ~XHI(s5yba`-PB03^QGcqD9B6DbAaAhJoTQglO"
+    "B4lB7VP9`%W^-k9b0RuhI4m+SU41MfW@9dQWoc(<bR%tHb88|xdm?0Xd2nSSIwDm#A}k_vXkl<=B05_!T`VGGVRT_%Z)Rq5Wpr~Q"
+    "I$JU@EHW`&eSIJxARr(h004kL004kL004kL002Nh005vs6#"
+)
+
+
+def test_files_of_version_1_are_read(tmp_path, packed):
+    _, _, state, mask = packed
+    (tmp_path / "a").write_bytes(VERSION_1)
+    tensors, header = read_tensors(tmp_path / "a")
+    got, masks = unpack_state(tensors, header)
+    assert header["version"] == 1 and header["recipe"] == {"rounds": 3}
+    assert got.keys() == state.keys() and all(torch.equal(got[name], state[name]) for name in state)
+    assert torch.equal(masks["fc.weight"], mask)
+
+
+@pytest.mark.parametrize("where", ["a value", "a header"])
+def test_a_changed_bit_is_noticed(tmp_path, where):
+    path = tmp_path / "a"
+    write_tensors(path, {"weight": torch.tensor([1.0, 3.0])}, {"recipe": "good"})
+    whole = path.read_bytes()
+    changed = whole[:-1] + b"A" if where == "a value" else whole.replace(b"good", b"evil")
+    assert changed != whole and read_tensors(path)
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match="a: Expected contents with the SHA-256 in the header"):
+        read_tensors(path)
+
+
+def test_keys_from_a_later_version_are_kept(tmp_path):
+    write_tensors(tmp_path / "a", {}, {"later": {"1": [None, 0.1]}, "sha256": "none", "version": 9})
+    assert read_tensors(tmp_path / "a")[1] == {"version": 2, "later": {"1": [None, 0.1]}}
 
 
 def test_tensors_that_share_memory_are_written_each(tmp_path):
@@ -138,7 +176,10 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
         ("{}", "Expected a JSON header"),
         ('{"version": "x"}', "Expected a JSON header"),
         ("[" * 100_000, "Expected a JSON header"),
-        ('{"version": 2}', "Expected file version 1 or older, got 2; upgrade"),
+        ('{"version": true}', "Expected a JSON header"),
+        ('{"version": 0}', "Expected a JSON header"),
+        ('{"version": 3}', "Expected file version 2 or older, got 3; upgrade"),
+        ('{"version": 2}', "Expected contents with the SHA-256 in the header"),
     ],
 )
 def test_headers_that_are_none(tmp_path, header, why):
@@ -217,15 +258,21 @@ def edit(tensors, header, what):
     elif what == "no survivors":
         del tensors["fc.weight"]
     elif what == "no shape":
-        header["shapes"] = {}
+        header["weights"] = {}
     elif what == "no shapes":
-        del header["shapes"]
+        del header["weights"]
     elif what == "a shape of text":
-        header["shapes"] = {"fc.weight": "2x3"}
+        header["weights"]["fc.weight"]["shape"] = "2x3"
     elif what == "a negative shape":
-        header["shapes"] = {"fc.weight": [-2, -3]}
+        header["weights"]["fc.weight"]["shape"] = [-2, -3]
     elif what == "a huge shape":
-        header["shapes"] = {"fc.weight": [2**40, 2**40]}
+        header["weights"]["fc.weight"]["shape"] = [2**40, 2**40]
+    elif what == "no facts":
+        header["weights"]["fc.weight"] = None
+    elif what == "another shape":
+        header["weights"]["fc.weight"]["shape"] = [3, 2]
+    elif what in ("pattern", "coding", "count"):
+        header["weights"]["fc.weight"][what] = "__import__('os')"
 
 
 @pytest.mark.parametrize(
@@ -233,17 +280,22 @@ def edit(tensors, header, what):
     [
         ("too few bits", r"fc\.weight: Expected 1 mask bytes"),
         ("too many bits", r"fc\.weight: Expected 1 mask bytes"),
-        ("bits of another type", r"fc\.weight: Expected 1 mask bytes"),
-        ("one survivor more", r"fc\.weight: Expected 4 survivors"),
+        ("bits of another type", r"fc\.weight: Expected mask bytes in one row of uint8"),
+        ("one survivor more", r"fc\.weight: Expected 3 living groups, got 4"),
         ("another survivor", "digest in the header"),
         ("survivors in rows", r"fc\.weight: Expected 3 survivors"),
-        ("no bits", r"fc\.weight: Expected mask bits"),
+        ("no bits", r"fc\.weight: Expected survivors, mask bits and a shape"),
         ("no survivors", r"fc\.weight: Expected survivors"),
         ("no shape", r"fc\.weight: Expected survivors, mask bits and a shape"),
         ("no shapes", "Expected a header with the shapes"),
         ("a shape of text", r"fc\.weight: Expected mask bits and a shape"),
         ("a negative shape", r"fc\.weight: Expected mask bits and a shape"),
-        ("a huge shape", r"fc\.weight: Expected \d+ mask bytes"),
+        ("a huge shape", r"Expected weights of at most \d+ bytes in a file of this size"),
+        ("no facts", "Expected a header with the shapes"),
+        ("another shape", "digest in the header"),
+        ("pattern", r"fc\.weight: Expected a pattern 'unstructured'"),
+        ("coding", r"fc\.weight: Expected a mask coded as bitmap or elias-fano"),
+        ("count", r"fc\.weight: Expected a count of at most 6 groups"),
     ],
 )
 def test_packed_states_that_do_not_fit_together(packed, what, why):
