@@ -25,7 +25,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparsekit", description="Sparse kernels and winning tickets for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    info = commands.add_parser("info", help="what is installed, what is missing and how to get it")
+    info = commands.add_parser("info", help="what is installed and how to get what is missing; or what FILE holds")
+    info.add_argument("file", metavar="FILE", nargs="?", type=Path, help="a packed file, or any safetensors file")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
@@ -91,10 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN", type=Path)
     report.set_defaults(run=_report)
 
-    export = commands.add_parser("export", help="a run's ticket, or a packed file, as a packed or dense file")
+    export = commands.add_parser("export", help="a run's ticket, or a packed file, as a file that trains on or serves")
     export.add_argument("source", metavar="RUN|FILE", type=Path)
-    export.add_argument("--to", required=True, choices=("packed", "dense"))
+    targets = ("packed", "dense", "prune", "pt2", "aoti", "onnx")
+    export.add_argument("--to", required=True, choices=targets, help="pt2, aoti and onnx hold the network too")
     export.add_argument("--round", type=int, help="which round of a run (default: the last finished)")
+    export.add_argument("--model", help="the network of pt2, aoti and onnx (default: the run's)")
+    export.add_argument("--input-shape", type=_shape, help="of one input, 3x32x32 (default: of the run's data)")
+    export.add_argument("--batch", type=int, default=64, help="inputs that formats are measured with (default 64)")
     export.add_argument("-o", "--out", type=Path, required=True)
     export.set_defaults(run=_export)
 
@@ -106,9 +111,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(extent) for extent in text.split("x"))
+
+
 def _info(args: argparse.Namespace) -> None:
     from . import info
 
+    if args.file is not None:
+        from .export.inspect import describe, render
+
+        facts = describe(args.file)
+        print(json.dumps(facts, indent=1) if args.json else render(facts))
+        return
     facts = info.collect()
     print(json.dumps(facts, indent=1) if args.json else info.render(facts))
 
@@ -145,7 +160,7 @@ def _report(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from .export import export_file
 
-    print(export_file(args.source, args.to, args.out, args.round))
+    print(export_file(args.source, args.to, args.out, args.round, args.model, args.input_shape, args.batch))
 
 
 def _bench(args: argparse.Namespace) -> int:

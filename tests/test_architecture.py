@@ -22,6 +22,7 @@ FLOORS = [
     {"format", "kernels", "files", "times"},
     {"plan"},
     {"ops", "autograd", "functional"},
+    {"serve"},
     {"nn"},
     {"data", "nets", "models", "words", "figures", "report"},
     {"ticket"},

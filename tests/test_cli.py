@@ -50,7 +50,7 @@ def test_help_names_the_commands():
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("argv", [[], ["dance"], ["ticket"], ["export", "x", "--to", "onnx", "-o", "y"], ["report"]])
+@pytest.mark.parametrize("argv", [[], ["dance"], ["ticket"], ["export", "x", "--to", "tar", "-o", "y"], ["report"]])
 def test_usage_errors_are_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)

@@ -220,7 +220,7 @@ def test_rounds_beyond_ninety_nine_are_in_order(finished, tmp_path):
 @pytest.mark.parametrize(
     ("source", "to", "number", "error", "why"),
     [
-        ("run", "onnx", None, ValueError, "Expected to='packed' or 'dense', got 'onnx'"),
+        ("run", "tar", None, ValueError, "Expected to= one of packed, dense, .* got .tar."),
         ("run", "dense", 7, FileNotFoundError, "Expected a finished round of 0, 1, 2, got 7"),
         ("run", "dense", -1, FileNotFoundError, "got -1"),
         ("file", "dense", 1, ValueError, "Expected a run directory with --round, got a file"),

@@ -6,6 +6,7 @@
 // batch so many times more and prints the median time. A package holds machine code: run only those you trust.
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
