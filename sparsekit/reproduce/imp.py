@@ -40,7 +40,8 @@ def search(
         run = tickets(
             network, rounds, rates["*"] if recipe_of.scope == "global" else rates, scope=recipe_of.scope,
             criterion=criterion, rewind=rewind, run_dir=setting.out / f"seed_{seed}", exclude=spared,
-            example_inputs=loaded.train_x[: training.batch_size], impl="csr" if together or setting.scale == "smoke" else "auto",
+            example_inputs=loaded.train_x[: training.batch_size],
+            impl="csr" if together or setting.scale == "smoke" else "auto",
             note={"model": model, "data": data, "note": loaded.note, "seed": seed, "training": str(training)},
         )  # fmt: skip
         step: Callable = train_round_together if together else train_round
