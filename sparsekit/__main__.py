@@ -88,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--out", type=Path, help="default: runs/reproduce/NAME-SCALE; an unfinished run goes on")
     again.set_defaults(run=_reproduce)
 
-    report = commands.add_parser("report", help="write RUN/report.md with figures")
-    report.add_argument("run_dir", metavar="RUN", type=Path)
+    report = commands.add_parser("report", help="write RUN/report.md with figures; of several runs one page")
+    report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run, or folders of them")
+    report.add_argument("--out", type=Path, help="folder of the page of several runs (default: the first one given)")
     report.set_defaults(run=_report)
 
     export = commands.add_parser("export", help="a run's ticket, or a packed file, as a file that trains on or serves")
@@ -152,9 +153,14 @@ def _reproduce(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from .report import write_report
+    if len(args.runs) == 1 and args.out is None and not list(args.runs[0].glob("*/**/summary.json")):
+        from .report import write_report
 
-    print(write_report(args.run_dir))
+        print(write_report(args.runs[0]))
+    else:
+        from .ticket.gallery import write_gallery
+
+        print(write_gallery(args.runs, args.out or args.runs[0]))
 
 
 def _export(args: argparse.Namespace) -> None:

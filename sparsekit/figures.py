@@ -10,7 +10,7 @@ from typing import Any
 from . import words
 from .words import Summary
 
-__all__ = ["write_figures"]
+__all__ = ["STYLE", "density_axis", "series_style", "write_figures"]
 
 # Figures: 8 inches wide, so that 11 points stay readable at 800 pixels. Colours of Okabe and Ito, which
 # colour-blind readers can tell apart; every series also has its own marker and line.
@@ -22,7 +22,7 @@ _CONTROL_STYLES = (
     (_GREEN, "^", (0, (1, 1.5))),
     (_PURPLE, "D", (0, (3, 1, 1, 1))),
 )
-_STYLE = {
+STYLE = {
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.titlelocation": "left",
@@ -70,7 +70,7 @@ def write_figures(summary: Summary, folder: Path) -> list[tuple[str, str]]:
     written = []
     with mpl.rc_context():  # restores what the two lines below change
         mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
+        mpl.rcParams.update(STYLE)
         for name, title, draw in drawings:
             figure = Figure()
             FigureCanvasAgg(figure)
@@ -83,6 +83,12 @@ def write_figures(summary: Summary, folder: Path) -> list[tuple[str, str]]:
             figure.savefig(path, format="png")
             written.append((title, f"{folder.name}/{path.name}"))
     return written
+
+
+def series_style(number: int) -> tuple[str, str, Any]:
+    """Colour, marker and line of a figure's series; the first is the ticket's."""
+    styles = ((_BLUE, "o", "-"), *_CONTROL_STYLES)
+    return styles[number % len(styles)]
 
 
 def _points(rows: list[tuple[float, Any]], factor: float) -> tuple[list[float], list[float]]:
@@ -104,16 +110,16 @@ def _curves(figure: Any, summary: Summary, key: str, factor: float, label: str) 
     for i, name in enumerate(words.control_names(summary)):
         rows = [(row["density"], ((row.get("controls") or {}).get(name) or {}).get(key)) for row in rounds]
         xs, ys = _points(rows, factor)
-        color, marker, dashes = _CONTROL_STYLES[i % len(_CONTROL_STYLES)]
+        color, marker, dashes = series_style(i + 1)
         axes.plot(xs, ys, color=color, marker=marker, linestyle=dashes, label=words.control(name))
         shown += xs
     axes.set_ylabel(label)
-    _density_axis(axes, shown)
+    density_axis(axes, shown)
     axes.legend(loc="best")
     return True
 
 
-def _density_axis(axes: Any, densities: list[float]) -> None:
+def density_axis(axes: Any, densities: list[float]) -> None:
     """Weights remaining on a log axis that falls to the right, as in the paper, with ticks at real rounds."""
     from matplotlib.ticker import NullLocator
 

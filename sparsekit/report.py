@@ -13,7 +13,7 @@ from . import words
 from .figures import write_figures
 from .words import Summary
 
-__all__ = ["check_summary", "ledger_table", "read_summary", "write_report"]
+__all__ = ["check_summary", "ledger_rows", "ledger_table", "read_summary", "write_report"]
 
 _NUMBERS = (
     "test_accuracy",
@@ -123,7 +123,7 @@ def _expect_number(value: Any, name: str) -> None:
 
 def ledger_table(summary: Summary) -> str:
     """The ledger as plain text for a terminal: a row per round, then the totals."""
-    head, rows = _ledger(summary)
+    head, rows = ledger_rows(summary)
     cells = [head, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = []
@@ -133,7 +133,8 @@ def ledger_table(summary: Summary) -> str:
     return "\n".join([*lines, _total(summary)])
 
 
-def _ledger(summary: Summary) -> tuple[list[str], list[list[str]]]:
+def ledger_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """The ledger's head and its row per round, as text."""
     controls = words.control_names(summary)
     head = ["round", "weights %", "accuracy %", *(f"{words.control(c)} %" for c in controls)]
     head += ["early stop", "seconds", "masked-dense s", "speedup", "formats"]
@@ -165,7 +166,7 @@ def _markdown(summary: Summary, figures: list[tuple[str, str]], missing: str) ->
     ]
     if config.get("note"):
         lines += [f"Data: {words.cell(config['note'])}.", ""]
-    head, rows = _ledger(summary)
+    head, rows = ledger_rows(summary)
     lines += ["## Ledger", "", *_table(head, rows, left=(len(head) - 1,)), "", _total(summary), ""]
     if inference := _inference(summary.get("inference") or {}):
         lines += ["## Inference", "", inference, ""]

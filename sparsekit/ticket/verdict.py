@@ -13,7 +13,7 @@ from math import inf, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-__all__ = ["Difference", "Verdict", "judge", "study", "verdict_table"]
+__all__ = ["Difference", "Verdict", "judge", "study", "verdict_rows", "verdict_table"]
 
 _MATCHING = 0.002  # accuracy a matching ticket may lose
 _RANDOM = ("reinit", "random")  # the others keep something of the ticket's weights
@@ -131,7 +131,14 @@ def study(summaries: Sequence[Mapping[str, Any]], classes: int = 10, confidence:
 
 
 def verdict_table(rounds: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of :func:`study` as aligned text: mean accuracies, early stop against dense, the word."""
+    """:func:`verdict_rows` as aligned text."""
+    lines = verdict_rows(rounds)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def verdict_rows(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The rows of :func:`study` in words under a head: mean accuracies, early stop against dense, the verdict."""
     names = list(dict.fromkeys(name for row in rounds for name in row["controls"]))
     head = ["weights %", "dense %", "ticket %", *(f"{name} %" for name in names), "ticket - dense", "stops", "verdict"]
     lines = []
@@ -149,10 +156,7 @@ def verdict_table(rounds: Sequence[Mapping[str, Any]]) -> str:
                 verdict["word"] + ("" if verdict["certain"] else " (uncertain)"),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *lines]
-    )
+    return [head, *lines]
 
 
 def _interval(difference: Mapping[str, float], scale: float, spec: str) -> str:
