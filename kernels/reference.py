@@ -66,11 +66,12 @@ def _conv_weight(dense: Tensor, in_channels: int, kernel_size: list[int], groups
 
 
 def csr_conv2d(
-    x, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups
-):
+    x, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups,
+    code_key=None, activation="none",
+):  # fmt: skip
     cols = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
     weight = _conv_weight(csr_dense(values, crow_indices, col_indices, cols), x.shape[1], kernel_size, groups)
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()
+    return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation).contiguous()
 
 
 def csr_conv2d_t(

@@ -94,7 +94,10 @@ def _output_size(x, kernel_size, stride, padding, dilation):
 
 
 @_fake
-def csr_conv2d(x, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups):
+def csr_conv2d(
+    x, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups,
+    code_key=None, activation="none",
+):  # fmt: skip
     size = _output_size(x, kernel_size, stride, padding, dilation)
     return x.new_empty(x.shape[0], crow_indices.shape[0] - 1, *size)
 

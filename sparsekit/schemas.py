@@ -80,7 +80,7 @@ SCHEMAS = {
     ),
     "csr_conv2d": (
         "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, "
-        f"int[2] kernel_size, {_CONV}) -> Tensor"
+        f'int[2] kernel_size, {_CONV}, Tensor? code_key=None, str activation="none") -> Tensor'
     ),
     "csr_conv2d_t": (
         f"(Tensor dy, Tensor values, {_T}, int[2] input_size, int[2] kernel_size, {_CONV}) -> Tensor"

@@ -105,19 +105,11 @@ struct BlockedConv {
   Activation activation = kNone;
 
   void run(const Batch& batch, int64_t first, int64_t groups) const {
-    const int64_t count = groups * strips.count(), lines = count * strips.strip_lines();
-    const int64_t parts = parts_for(table.cost(lines) + 0.1 * double(table.lists.rows * table.rows * lines * kLanes<T>));
-    // Strips may be unequal; few of them balance better when each is shared by lists.
-    const int64_t splits = parts == 1 || count >= 8 * parts ? 1 : parts;
-    for_parts(parts, [&](int64_t part) {
-      const Span items = cut(count * splits, parts, part);
-      for (int64_t item = items.begin; item < items.end; ++item) {
-        const int64_t strip = item / splits % strips.count(), group = item / splits / strips.count();
-        const Span lists = cut_rows(table.lists.crow, table.lists.rows, splits, item % splits, 1);
-        run_strip(group, strip, lists,
-                  {strips.rows_of(strip), strips.width, strips.result_pitch(), first + group * grid.lanes,
-                   batch.count(first, group)});
-      }
+    const int64_t lines = groups * strips.count() * strips.strip_lines();
+    const double cost = table.cost(lines) + store_cost(strips, groups, table.lists.rows * table.rows);
+    each_strip(strips, batch, first, groups, cost, [&](int64_t group, int64_t strip, int64_t splits, int64_t split,
+                                                       const Piece& piece) {
+      run_strip(group, strip, cut_rows(table.lists.crow, table.lists.rows, splits, split, 1), piece);
     });
   }
 
@@ -145,9 +137,7 @@ struct BlockedConv {
         p.y = tile + line * kLanes<T>;
         kernels<T>().numbers.product(p);
       });
-      if (activation != kNone)
-        for (int64_t r = 0; r < p.lists * table.rows; ++r)
-          kernels<T>().activate(tile + r * stride, strips.strip_lines() * kLanes<T>, activation);
+      activate_rows(tile, p.lists * table.rows, stride, strips.strip_lines(), activation);
       store(tile, stride, {l, l + p.lists}, piece);
     }
   }

@@ -120,7 +120,14 @@ struct Grid {
     if (w.a.begin == w.a.end || w.b.begin == w.b.end) return zero(0, plane);
     // What lies between one row's last element and the next row's first is contiguous.
     zero(0, w.a.begin * pitch + w.b.begin);
-    for (int64_t a = w.a.begin; a + 1 < w.a.end; ++a) zero(a * pitch + w.b.end, (a + 1) * pitch + w.b.begin);
+    const int64_t gap = w.b.begin + pitch - w.b.end;
+    if (gap == 0) {
+    } else if (lanes == 1 && gap <= kLanes<T>) {  // a whole line is quicker; elements come after
+      for (int64_t a = w.a.begin; a + 1 < w.a.end; ++a)
+        std::fill_n(at(group, c, w.phase, a * pitch + w.b.end), kLanes<T>, T(0));
+    } else {
+      for (int64_t a = w.a.begin; a + 1 < w.a.end; ++a) zero(a * pitch + w.b.end, (a + 1) * pitch + w.b.begin);
+    }
     zero((w.a.end - 1) * pitch + w.b.end, plane);
   }
 

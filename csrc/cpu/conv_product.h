@@ -92,6 +92,36 @@ double product_cost(const OffsetTable<T>& table, const Strips<T>& strips, int64_
   return 0.25 * double(table.nnz) * double(groups * strips.count() * strips.strip_lines());
 }
 
+// f(group, strip, share of the rows, where the strip is stored) for the work of one block of samples, cut among threads:
+// f gets share i of n. Strips may be unequal; few of them balance better when each is shared by rows.
+template <class T, class F>
+void each_strip(const Strips<T>& strips, const Batch& batch, int64_t first, int64_t groups, double cost, const F& f) {
+  const int64_t count = groups * strips.count(), parts = parts_for(cost);
+  const int64_t splits = parts == 1 || count >= 8 * parts ? 1 : parts;
+  for_parts(parts, [&](int64_t part) {
+    const Span items = cut(count * splits, parts, part);
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const int64_t strip = item / splits % strips.count(), group = item / splits / strips.count();
+      f(group, strip, splits, item % splits,
+        typename Target<T>::Piece{strips.rows_of(strip), strips.width, strips.result_pitch(),
+                                  first + group * batch.lanes, batch.count(first, group)});
+    }
+  });
+}
+
+// Moving a strip's results to their tensor, in nanoseconds.
+template <class T>
+double store_cost(const Strips<T>& strips, int64_t groups, int64_t rows) {
+  return 0.1 * double(rows) * double(groups * strips.count() * strips.strip_lines() * kLanes<T>);
+}
+
+// Activations of `rows` rows of a strip's results.
+template <class T>
+void activate_rows(T* tile, int64_t rows, int64_t stride, int64_t lines, Activation activation) {
+  if (activation == kNone) return;
+  for (int64_t r = 0; r < rows; ++r) kernels<T>().activate(tile + r * stride, lines * kLanes<T>, activation);
+}
+
 // target = table x grid for one block.
 template <class T>
 struct BlockProduct {
@@ -100,25 +130,20 @@ struct BlockProduct {
   const Strips<T>& strips;
   const T* bias;
   const Target<T>& target;
+  Activation activation = kNone;
 
   void run(const Batch& batch, int64_t first, int64_t groups) const {
-    const int64_t count = groups * strips.count();
-    const double store_cost = 0.1 * double(table.rows) * double(count * strips.strip_lines() * kLanes<T>);
-    const int64_t parts = parts_for(product_cost(table, strips, groups) + store_cost);
-    // Strips may be unequal; few of them balance better when each is shared by rows.
-    const int64_t splits = parts == 1 || count >= 8 * parts ? 1 : parts;
-    for_parts(parts, [&](int64_t part) {
-      const Span items = cut(count * splits, parts, part);
-      for (int64_t item = items.begin; item < items.end; ++item) {
-        const int64_t strip = item / splits % strips.count(), group = item / splits / strips.count();
-        const Span rows = cut_rows(table.bound(0), table.rows, splits, item % splits, 1);
-        run_strip(group, strip, rows, first + group * grid.lanes, batch.count(first, group));
-      }
+    const double cost = product_cost(table, strips, groups) + store_cost(strips, groups, table.rows);
+    each_strip(strips, batch, first, groups, cost, [&](int64_t group, int64_t strip, int64_t splits, int64_t split,
+                                                       const Piece& piece) {
+      run_strip(group, strip, cut_rows(table.bound(0), table.rows, splits, split, 1), piece);
     });
   }
 
  private:
-  void run_strip(int64_t group, int64_t strip, Span all_rows, int64_t sample, int64_t samples) const {
+  using Piece = typename Target<T>::Piece;
+
+  void run_strip(int64_t group, int64_t strip, Span all_rows, const Piece& piece) const {
     constexpr int64_t kResultBytes = 256 << 10;  // results of a strip waiting in L2 to be stored
     const int64_t stride = (strips.strip_lines() | 1) * kLanes<T>;
     const int64_t block = std::max<int64_t>(16, kResultBytes / (stride * int64_t(sizeof(T))));
@@ -135,7 +160,8 @@ struct BlockProduct {
           p.accumulate = true;
         }
       });
-      target.store(tile, stride, rows, {strips.rows_of(strip), strips.width, strips.result_pitch(), sample, samples});
+      activate_rows(tile, rows.end - rows.begin, stride, strips.strip_lines(), activation);
+      target.store(tile, stride, rows, piece);
     }
   }
 };

@@ -40,27 +40,34 @@ inline int64_t tile_count(int64_t planes, int64_t per_tile, int64_t groups, int6
   return groups == 1 && nnz >= 6 * tiles * rows ? tiles : 1;
 }
 
+// Where in the planes of x a column of the weight reads, for the first group.
+template <class T>
+std::vector<int32_t> column_offsets(const Conv& c, const Grid<T>& x) {
+  std::vector<int32_t> offsets;
+  offsets.reserve(size_t(c.in_per_group() * c.taps()));
+  for (int64_t i = 0; i < c.in_per_group(); ++i)
+    for (int64_t r = 0; r < c.kh; ++r)
+      for (int64_t s = 0; s < c.kw; ++s) {
+        const int64_t y = r * c.dh, z = s * c.dw, phase = (y % c.sh) * c.sw + z % c.sw;
+        offsets.push_back(int32_t(x.at(0, i, phase, y / c.sh * x.pitch + z / c.sw) - x.data));
+      }
+  return offsets;
+}
+
 // W as it is: rows are output channels, operands are planes of x.
 template <class T>
 OffsetTable<T> forward_table(const Conv& c, const Grid<T>& x, const Lists& lists, const T* values, int64_t lines) {
   const int64_t per_tile = planes_per_tile(c, x, lines), taps = c.taps();
   const int64_t tiles = tile_count(c.in_per_group(), per_tile, c.groups, lists.rows, lists.nnz);
   OffsetTable<T> table(lists.rows, tiles, lists.nnz, Workspace::kTable, values);
-  int32_t* of_tap = Workspace::mine().get<int32_t>(Workspace::kCursor, c.in_per_group() * taps);
-  for (int64_t i = 0; i < c.in_per_group(); ++i)
-    for (int64_t r = 0; r < c.kh; ++r)
-      for (int64_t s = 0; s < c.kw; ++s) {
-        const int64_t y = r * c.dh, z = s * c.dw, phase = (y % c.sh) * c.sw + z % c.sw;
-        of_tap[i * taps + r * c.kw + s] =
-            int32_t(x.at(0, i, phase, y / c.sh * x.pitch + z / c.sw) - x.data);
-      }
+  const std::vector<int32_t> of_column = column_offsets(c, x);
   const int64_t parts = parts_for(double(lists.nnz));
   for_parts(parts, [&](int64_t part) {
     const Span rows = cut_rows(lists.crow, lists.rows, parts, part, 1);
     const int64_t count = rows.end - rows.begin;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const int32_t group = int32_t(r / c.out_per_group() * c.in_per_group() * x.channel_size());
-      for (int32_t p = lists.crow[r]; p < lists.crow[r + 1]; ++p) table.offset[p] = of_tap[lists.index[p]] + group;
+      for (int32_t p = lists.crow[r]; p < lists.crow[r + 1]; ++p) table.offset[p] = of_column[lists.index[p]] + group;
     }
     std::copy_n(lists.crow + rows.begin, count, table.bound(0) + rows.begin);
     for (int64_t t = 1; t < tiles; ++t)

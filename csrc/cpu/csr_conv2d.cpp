@@ -1,27 +1,85 @@
 #include "csr_conv2d.h"
 
+#include "bsr_blocks.h"
 #include "conv_checks.h"
+#include "conv_code.h"
 #include "conv_layout.h"
 #include "conv_product.h"
 
 namespace sparsekit {
 namespace {
 
+// The same product as BlockProduct's by machine code.
+struct CodeProduct {
+  const ConvCode& code;
+  const Grid<float>& grid;
+  const Strips<float>& strips;
+  const float* values;
+  const float* bias;
+  const Target<float>& target;
+  Activation activation;
+  double cost;  // of a line
+
+  static int64_t stride(const Strips<float>& strips) { return (strips.strip_lines() | 1) * kLanes<float>; }
+
+  void run(const Batch& batch, int64_t first, int64_t groups) const {
+    const double all = cost * double(groups * strips.count() * strips.strip_lines());
+    each_strip(strips, batch, first, groups, all, [&](int64_t group, int64_t strip, int64_t splits, int64_t split,
+                                                      const Target<float>::Piece& piece) {
+      run_strip(group, strip, code.share(splits, split), piece);
+    });
+  }
+
+ private:
+  void run_strip(int64_t group, int64_t strip, Span all, const Target<float>::Piece& piece) const {
+    constexpr int64_t kResultBytes = 256 << 10;  // results of a strip waiting in L2 to be stored
+    const int64_t pitch = stride(strips), lines = strips.strip_lines();
+    const int64_t step = std::max<int64_t>(1, kResultBytes / (ConvCode::kBlockRows * pitch * int64_t(sizeof(float))));
+    float* tile = Workspace::mine().get<float>(Workspace::kTile, std::min(step, code.blocks()) * ConvCode::kBlockRows * pitch);
+    std::vector<int32_t> starts(static_cast<size_t>(lines));
+    strips.each_row(strip, [&](int64_t a, int64_t line, int64_t count) {
+      for (int64_t i = 0; i < count; ++i)
+        starts[size_t(line + i)] = int32_t(a * grid.pitch * grid.lanes + i * kLanes<float>);
+    });
+    for (int64_t b = all.begin; b < all.end; b += step) {
+      const Span blocks{b, std::min(all.end, b + step)}, rows{code.row(blocks.begin), code.row(blocks.end)};
+      code.run(blocks, grid.at(group, 0, 0, 0), starts.data(), lines, values, bias ? bias + rows.begin : nullptr, tile);
+      activate_rows(tile, rows.end - rows.begin, pitch, lines, activation);
+      target.store(tile, pitch, rows, piece);
+    }
+  }
+};
+
 template <class T>
-Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, const Lists& lists, const T* bias) {
+Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, const Lists& lists, const T* bias,
+               const std::optional<Tensor>& key, Activation activation) {
   Tensor out = new_empty<int64_t>(x_tensor, {c.n, c.out, c.oh, c.ow});
   if (out.numel() == 0) return out;
   Layout<T> layout(c);
   layout.batch.limit(layout.x.size() * int64_t(sizeof(T)));
   layout.x.allocate(Workspace::kX, layout.batch.groups);
   const auto strips = Strips<T>::for_product(layout.batch.lanes, c.oh, c.ow, layout.x.pitch);
-  const auto table = forward_table<T>(c, layout.x, lists, values_as<T>(values), strips.widest());
   const Target<T> target{Sheet(out), {1, 1, 0, 0}, layout.batch.lanes};
   const Sheet x(x_tensor);
-  layout.batch.each_block([&](int64_t first, int64_t groups) {
-    fill_grid(layout.x, x, layout.batch, first, groups);
-    BlockProduct<T>{table, layout.x, strips, bias, target}.run(layout.batch, first, groups);
-  });
+  const auto each_block = [&](const auto& product) {
+    layout.batch.each_block([&](int64_t first, int64_t groups) {
+      fill_grid(layout.x, x, layout.batch, first, groups);
+      product.run(layout.batch, first, groups);
+    });
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t lines = (c.n + layout.batch.lanes - 1) / layout.batch.lanes * strips.count() * strips.strip_lines();
+    const bool wanted = key.has_value() && key->defined() && c.groups == 1 && x.storage == kNative;
+    if (const auto code = wanted ? ConvCode::find(*key, lists, column_offsets(c, layout.x), CodeProduct::stride(strips),
+                                                  lines) : nullptr) {
+      const double cost = 0.25 * double(lists.nnz) + 0.1 * double(lists.rows * kLanes<T>);
+      each_block(CodeProduct{*code, layout.x, strips, values_as<T>(values), bias, target, activation, cost});
+      Workspace::mine().trim();
+      return out;
+    }
+  }
+  const auto table = forward_table<T>(c, layout.x, lists, values_as<T>(values), strips.widest());
+  each_block(BlockProduct<T>{table, layout.x, strips, bias, target, activation});
   Workspace::mine().trim();
   return out;
 }
@@ -154,17 +212,19 @@ const int32_t* check_transpose(const char* op, const Conv& c, const Lists& t_lis
 }  // namespace
 
 Tensor csr_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias, Ints kernel_size,
-                  Ints stride, Ints padding, Ints dilation, int64_t groups) {
+                  Ints stride, Ints padding, Ints dilation, int64_t groups, std::optional<Tensor> code_key,
+                  std::string activation) {
   constexpr const char* op = "csr_conv2d";
   Conv c = geometry(op, kernel_size, stride, padding, dilation, groups);
   const Lists lists = check_lists(op, "crow_indices", crow, "col_indices", col);
   check_input(op, c, x, lists);
   check_same_dtype(op, "values", values, "x", x);
   check_vector(op, "values", values, lists.nnz);
+  const Activation kind = activation_of(op, activation);
   return with_compute_type(x, [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> copy;
-    return forward<T>(c, x, values, lists, bias_as<T>(op, bias, x, lists.rows, copy));
+    return forward<T>(c, x, values, lists, bias_as<T>(op, bias, x, lists.rows, copy), code_key, kind);
   });
 }
 

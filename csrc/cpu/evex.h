@@ -23,6 +23,9 @@ class Writer {
   // vmovups zmm, [pointer + 64 * line], for lines -128..127
   void load(int zmm, Pointer from, int64_t line) { short_form(0x10, zmm, from, line); }
   void store(int zmm, Pointer to, int64_t line) { short_form(0x11, zmm, to, line); }
+  // The same anywhere: [pointer + byte]
+  void load_far(int zmm, Pointer from, int64_t byte) { far_form(0x10, zmm, from, byte); }
+  void store_far(int zmm, Pointer to, int64_t byte) { far_form(0x11, zmm, to, byte); }
   // vbroadcastss zmm, [pointer + 4 * element], for elements -128..127
   void broadcast(int zmm, Pointer from, int64_t element) {
     prefix(zmm, 0, 2, 1, false);
@@ -73,6 +76,11 @@ class Writer {
   void short_form(uint8_t opcode, int zmm, Pointer base, int64_t line) {
     prefix(zmm, 0, 1, 0, false);
     bytes({opcode, modrm(1, zmm, base), uint8_t(int8_t(line))});
+  }
+  void far_form(uint8_t opcode, int zmm, Pointer base, int64_t byte) {
+    prefix(zmm, 0, 1, 0, false);
+    bytes({opcode, modrm(2, zmm, base)});
+    number(int32_t(byte));
   }
 
   std::vector<uint8_t>& code_;

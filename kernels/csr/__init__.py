@@ -2,8 +2,8 @@
 
 ``values [nnz]``, ``crow_indices int32 [out + 1]``, ``col_indices int32 [nnz]`` over the weight viewed
 as ``[out, in * kh * kw]``; the transposed index ``t_crow, t_row, t_perm`` serves the input gradient on
-the same values. ``code_key int64 [2]`` hashes the index of a linear layer on a CPU: the library compiles a mask
-once and finds its machine code again by that name.
+the same values. ``code_key int64 [2]`` hashes the index on a CPU: the library compiles a mask once and finds its
+machine code again by that name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from sparsekit import _native
 from sparsekit.format import Format
 
+from ..reference import activate
 from . import layout
 
 _ops = torch.ops.sparsekit
@@ -22,12 +23,13 @@ class Csr(Format):
     name = "csr"
     derived_names = ("t_crow", "t_row", "t_perm", "code_key")
     index_names = ("crow_indices", "col_indices", "code_key", "t_crow", "t_row", "t_perm")
+    epilogue = ("relu", "gelu", "silu")
 
     def index(self, mask, groups=1):
         return layout.csr(mask)
 
     def prepare(self, index, shape):
-        if len(shape) != 2 or index["col_indices"].device.type != "cpu":
+        if index["col_indices"].device.type != "cpu":
             return {}
         return {"code_key": layout.code_key(index["crow_indices"], index["col_indices"])}
 
@@ -56,8 +58,9 @@ class Csr(Format):
             return _native.lacks_cpu()
         return "no csr convolution kernel for a GPU" if mask.dim() > 2 else _native.lacks_cuda()
 
-    def linear(self, x, values, bias, index, shape):
-        return _ops.csr_linear.default(x, values, index[0], index[1], bias, index[2])
+    def linear(self, x, values, bias, index, shape, activation="none"):
+        y = _ops.csr_linear.default(x, values, index[0], index[1], bias, index[2])
+        return y if activation == "none" else activate(y, activation)
 
     def linear_t(self, dy, values, index, shape):
         return _ops.csr_linear_t.default(dy, values, *index[3:])
@@ -70,8 +73,8 @@ class Csr(Format):
             index = _without_transpose(index)
         return _ops.csr_linear_backward.default(dy, x, values, *index[:2], *index[3:], *needs, index[2])
 
-    def conv2d(self, x, values, bias, index, shape, conv):
-        return _ops.csr_conv2d.default(x, values, index[0], index[1], bias, shape[2:], *conv)
+    def conv2d(self, x, values, bias, index, shape, conv, activation="none"):
+        return _ops.csr_conv2d.default(x, values, index[0], index[1], bias, shape[2:], *conv, index[2], activation)
 
     def conv2d_t(self, dy, values, index, shape, conv, size):
         return _ops.csr_conv2d_t.default(dy, values, *index[3:], size, shape[2:], *conv)
