@@ -9,54 +9,52 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .format import Conv, Format, Index
+from .format import Format
+from .kernels.reference import zero_pruned_
 
-__all__ = ["Conv2dFunction", "LinearFunction"]
+__all__ = ["Conv2dFunction", "LinearFunction", "masked"]
 
 
 class LinearFunction(torch.autograd.Function):
-    """``x Wᵀ + bias`` for ``x [N, in]``."""
+    """``x Wᵀ + bias`` for ``x [N, in]``; ``layer`` is the format, shape and index tensors of W."""
 
     @staticmethod
-    def forward(ctx, x, values, bias, fmt: Format, shape, index: Index):
-        # Constants of the layer are cheaper beside the saved tensors, but compiled autograd loses them there.
-        traced = torch.compiler.is_compiling()
-        ctx.save_for_backward(x, values, *(index if traced else ()))
-        ctx.rest = fmt, shape, None if traced else index
+    def forward(ctx, x, values, bias, layer):
+        fmt, shape, index = layer
+        _keep(ctx, x, values, index, layer)
         return fmt.linear(x, values, bias, index, shape)
 
     @staticmethod
     def backward(ctx, dy):
         x, values, *saved = ctx.saved_tensors
-        fmt, shape, index = ctx.rest
-        index = tuple(saved) if index is None else index
-        needs = ctx.needs_input_grad[:3]
+        fmt, shape, index = ctx.layer
+        index = tuple(saved) if saved else index
+        needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             dx = dy @ _weight(fmt, values, index, shape) if needs[0] else None
             dvalues = _gather(fmt, dy.t() @ x, index) if needs[1] else None
             dbias = dy.sum(0) if needs[2] else None
         else:
             index = _derived(fmt, index, shape) if needs[0] else index
-            dx, dvalues, dbias = fmt.linear_backward(dy, x, values, index, shape, needs)
-        return dx if needs[0] else None, dvalues if needs[1] else None, dbias if needs[2] else None, None, None, None
+            dx, dvalues, dbias = fmt.linear_backward(dy, x, values, index, shape, needs[:3])
+        return dx if needs[0] else None, dvalues if needs[1] else None, dbias if needs[2] else None, None
 
 
 class Conv2dFunction(torch.autograd.Function):
-    """The convolution of ``x [N, C, H, W]`` with W, plus bias."""
+    """The convolution of ``x [N, C, H, W]`` with W, plus bias; ``layer`` is as above and the geometry."""
 
     @staticmethod
-    def forward(ctx, x, values, bias, fmt: Format, shape, index: Index, conv: Conv):
-        traced = torch.compiler.is_compiling()
-        ctx.save_for_backward(x, values, *(index if traced else ()))
-        ctx.rest = fmt, shape, None if traced else index, conv
+    def forward(ctx, x, values, bias, layer):
+        fmt, shape, index, conv = layer
+        _keep(ctx, x, values, index, layer)
         return fmt.conv2d(x, values, bias, index, shape, conv)
 
     @staticmethod
     def backward(ctx, dy):
         x, values, *saved = ctx.saved_tensors
-        fmt, shape, index, conv = ctx.rest
-        index = tuple(saved) if index is None else index
-        needs = ctx.needs_input_grad[:3]
+        fmt, shape, index, conv = ctx.layer
+        index = tuple(saved) if saved else index
+        needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             weight = _weight(fmt, values, index, shape)
             dx = torch.nn.grad.conv2d_input(x.shape, weight, dy, *conv) if needs[0] else None
@@ -64,9 +62,51 @@ class Conv2dFunction(torch.autograd.Function):
             dbias = dy.sum((0, 2, 3)) if needs[2] else None
         else:
             index = _derived(fmt, index, shape) if needs[0] else index
-            dx, dvalues, dbias = fmt.conv2d_backward(dy, x, values, index, shape, conv, needs)
-        grads = dx if needs[0] else None, dvalues if needs[1] else None, dbias if needs[2] else None
-        return *grads, None, None, None, None
+            dx, dvalues, dbias = fmt.conv2d_backward(dy, x, values, index, shape, conv, needs[:3])
+        return dx if needs[0] else None, dvalues if needs[1] else None, dbias if needs[2] else None, None
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` themselves, which are 0 where ``mask`` is False, with a gradient that is exactly 0 there too.
+
+    For one torch operator alone to read: its gradient, which it makes for nobody else, is masked in place.
+    """
+    if not values.requires_grad:
+        return values
+    if torch.compiler.is_compiling():
+        return _Masked.apply(values, mask)
+    weight = values.view_as(values)
+    weight.register_hook(lambda grad: _mask_gradient(grad, mask))  # half the cost of a Function
+    return weight
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, mask):
+        ctx.save_for_backward(mask)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _mask_gradient(grad, *ctx.saved_tensors), None
+
+
+def _mask_gradient(grad: Tensor | None, mask: Tensor) -> Tensor | None:
+    if grad is None:
+        return None
+    if torch.is_grad_enabled():
+        return torch.where(mask, grad, grad.new_zeros(()))
+    return zero_pruned_(grad, mask)
+
+
+def _keep(ctx, x, values, index, layer) -> None:
+    # Constants of the layer are cheaper beside the saved tensors, but compiled autograd loses them there.
+    if torch.compiler.is_compiling():
+        ctx.save_for_backward(x, values, *index)
+        layer = (*layer[:2], None, *layer[3:])
+    else:
+        ctx.save_for_backward(x, values)
+    ctx.layer = layer
 
 
 def _named(fmt: Format, index) -> dict[str, Tensor]:

@@ -47,6 +47,10 @@ class Format(ABC):
     grouped: bool = True
     """Whether the convolution verbs take ``groups`` other than 1."""
 
+    masked: bool = False
+    """Whether ``values`` is the dense weight and the first index tensor its mask: then torch differentiates it, and
+    only the gradient is masked."""
+
     def __reduce__(self):
         return get, (self.name,)  # one instance per process: copies and pickles name it
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .autograd import Conv2dFunction, LinearFunction
+from .autograd import Conv2dFunction, LinearFunction, masked
 from .format import Conv, Format, Index
 from .kernels.reference import activate
 
@@ -55,7 +55,10 @@ def sparse_linear(
             return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), x._ragged_idx)
         x = x.reshape(prod(size[:-1]), shape[1])  # -1 is ambiguous when a layer has no inputs
     if torch.is_grad_enabled() and _differentiable(x, values, bias):
-        y = LinearFunction.apply(x, values, bias, fmt, shape, index)
+        if fmt.masked:
+            y = F.linear(x, masked(values, index[0]), bias)
+        else:
+            y = LinearFunction.apply(x, values, bias, (fmt, shape, index))
     elif activation in fmt.epilogue:
         y, activation = fmt.linear(x, values, bias, index, shape, activation), "none"
     else:
@@ -94,7 +97,10 @@ def sparse_conv2d(
         x, values, bias = _autocast(x, values, bias)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     if torch.is_grad_enabled() and _differentiable(x, values, bias):
-        y = Conv2dFunction.apply(batch, values, bias, fmt, shape, index, conv)
+        if fmt.masked:
+            y = F.conv2d(batch, masked(values, index[0]), bias, *conv)
+        else:
+            y = Conv2dFunction.apply(batch, values, bias, (fmt, shape, index, conv))
     elif activation in fmt.epilogue:
         y, activation = fmt.conv2d(batch, values, bias, index, shape, conv, activation), "none"
     else:

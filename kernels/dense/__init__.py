@@ -17,6 +17,7 @@ from ..reference import conv2d_backward, zero_pruned_
 class Dense(Format):
     name = "dense"
     index_names = ("mask",)
+    masked = True
 
     def index(self, mask, groups=1):
         return {"mask": mask.clone()}
