@@ -38,8 +38,8 @@ def sample(dense: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     return dense[row, col_indices.long()]
 
 
-def csr_linear(x, values, crow_indices, col_indices, bias, code_key=None):
-    return F.linear(x, csr_dense(values, crow_indices, col_indices, x.shape[1]), bias)
+def csr_linear(x, values, crow_indices, col_indices, bias, code_key=None, activation="none"):
+    return activate(F.linear(x, csr_dense(values, crow_indices, col_indices, x.shape[1]), bias), activation)
 
 
 def csr_linear_t(dy, values, t_crow, t_row, t_perm):

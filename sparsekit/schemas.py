@@ -69,8 +69,8 @@ _BLOCKED = {
 
 SCHEMAS = {
     "csr_linear": (
-        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor? code_key=None)"
-        " -> Tensor"
+        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor? code_key=None, "
+        "str activation='none') -> Tensor"
     ),
     "csr_linear_t": f"(Tensor dy, Tensor values, {_T}) -> Tensor",
     "csr_sddmm": "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices) -> Tensor",

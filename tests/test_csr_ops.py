@@ -223,6 +223,29 @@ def test_linear_backward_gives_only_what_was_asked():
                 assert g.numel() == 0
 
 
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def check_activations(n, w, dtype, *key):
+    x, bias = randn(n, w.mask.shape[1], dtype=dtype), randn(w.mask.shape[0], dtype=dtype, seed=3)
+    y = linear_oracle(x, w, bias, randn(n, w.mask.shape[0]))[0]
+    for name, function in ACTIVATIONS.items():
+        poison(y.to(dtype))
+        check(ops.csr_linear(x, w.values, *w.csr, bias, *(key or [None]), name), function(y), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 7, 64, 130])
+def test_linear_activations(n, dtype):
+    check_activations(n, random_packed((37, 253), 0.3, dtype), dtype)
+
+
+def test_unknown_activation_is_an_error():
+    w = random_packed((6, 9), 0.5)
+    with pytest.raises(RuntimeError, match="csr_linear: Expected activation none, relu, gelu or silu, got tanh"):
+        ops.csr_linear(randn(4, 9), w.values, *w.csr, None, None, "tanh")
+
+
 # ---- convolution ------------------------------------------------------------------------------------
 
 
@@ -284,10 +307,17 @@ def test_conv_any_geometry(data):
 
 def every_result():
     """All results of one linear and some convolutions, large enough to be shared among threads."""
+    generator = torch.Generator().manual_seed(0)
+    uneven = torch.rand(300, 1030, generator=generator) < torch.linspace(0, 0.2, 300)[:, None] ** 1.5 * 3
+    w = pack(torch.randn(300, 1030, generator=generator), uneven)
+    yield ops.csr_linear(randn(64, 1030), w.values, *w.csr, None)
     w = random_packed((300, 1030), 0.2)
-    x, dy = randn(100, 1030), randn(100, 300)
+    x, dy = randn(128, 1030), randn(128, 300)
     yield ops.csr_linear(x, w.values, *w.csr, None)
     yield ops.csr_linear(x[:1], w.values, *w.csr, None)
+    for n in (33, 49, 64, 80, 128):  # panels shared out whole, or row by row
+        yield from ops.csr_linear_backward(dy[:n], x[:n], w.values, *w.csr, *w.csc, True, True, True)
+        yield ops.csr_linear(x[:n], w.values, *w.csr, None)
     yield from ops.csr_linear_backward(dy, x, w.values, *w.csr, *w.csc, True, True, True)
     for n, conv in ((18, Conv(40, 36, (14, 14))), (2, Conv(40, 36, (14, 14))), (2, Conv(24, 24, stride=(2, 2)))):
         w = conv.weight()
@@ -364,6 +394,7 @@ print(json.loads(t.ops.build_info())["active_isa"])
 for dtype in t.DTYPES:
     for n in (1, 5, 70):
         t.check_linear(n, t.random_packed((41, 300), 0.4, dtype), dtype)
+        t.check_activations(n, t.random_packed((41, 300), 0.4, dtype), dtype)
     for n in (2, 17):
         for name in ("3x3", "3x3-stride2", "grouped", "no-square"):
             t.check_conv(t.CONVS[name], n, dtype)

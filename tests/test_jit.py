@@ -19,6 +19,7 @@ from test_csr_ops import (  # noqa: E402
     DTYPES,
     LAYOUTS,
     check,
+    check_activations,
     linear_oracle,
     native_library_is_missing,
     ops,
@@ -124,6 +125,11 @@ def test_types(dtype):
     check_linear(65, masked((150, 170), 0.4), dtype)
 
 
+def test_activations():
+    w = masked((150, 170), 0.4)
+    check_activations(65, w, torch.float32, key_of(w))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_strides(name, dtype):
@@ -157,8 +163,11 @@ def test_results_do_not_depend_on_threads_or_on_earlier_calls():
     try:
         for count in (1, 2, 3, 4, 1):
             torch.set_num_threads(count)
-            results.append([ops.csr_linear(x, w.values, *w.csr, None, key_of(w))])
-            results[-1] += ops.csr_linear_backward(dy, x, w.values, *w.csr, *w.csc, True, True, True, key_of(w))
+            results.append([])
+            for n in (64, 300):  # tiles that two threads share out evenly, and that they do not
+                step = dy[:n], x[:n], w.values, *w.csr, *w.csc, True, True, True, key_of(w)
+                results[-1] += [ops.csr_linear(x[:n], w.values, *w.csr, None, key_of(w))]
+                results[-1] += ops.csr_linear_backward(*step)
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

@@ -31,7 +31,7 @@ def linear_calls(n, out, features, density):
     values = torch.randn(int(mask.sum()))
     x, dy, bias = torch.randn(n, features), torch.randn(n, out), torch.randn(out)
     return {
-        "csr_linear": [(x, values, *csr, bias), (x, values, *csr, None)],
+        "csr_linear": [(x, values, *csr, bias), (x, values, *csr, None), (x, values, *csr, bias, None, "gelu")],
         "csr_linear_t": [(dy, values, *csc)],
         "csr_sddmm": [(dy, x, *csr)],
         "csr_linear_backward": [

@@ -34,11 +34,4 @@ inline void check_extents(const char* op, const Lists& lists, const char* name, 
                   " features (", needed, " blocks of ", reach_side, "), got ", reach);
 }
 
-inline Activation activation_of(const char* op, const std::string& name) {
-  const char* names[] = {"none", "relu", "gelu", "silu"};
-  for (int i = 0; i < 4; ++i)
-    if (name == names[i]) return Activation(i);
-  STD_TORCH_CHECK(false, op, ": Expected activation none, relu, gelu or silu, got ", name);
-}
-
 }  // namespace sparsekit

@@ -52,21 +52,33 @@ struct Tiles {
   }
 };
 
+// What becomes of a finished sum: bias (per row, may be null) is added and an activation applied.
+template <class T>
+struct Epilogue {
+  const T* bias = nullptr;
+  Activation activation = kNone;
+  void apply(T* sums, int64_t count) const {
+    if (activation != kNone) kernels<T>().activate(sums, count, activation);
+  }
+};
+
 // y[samples, rows] = panels x survivors, for one panel and the rows of a span.
 template <class T>
 struct PanelProduct {
   const Panels<T>& panels;
   Lists lists;
   const T* values;
-  const T* bias;
+  Epilogue<T> epilogue;
   Matrix y;
 
   void run(int64_t i, Span rows) const {
     if (rows.begin >= rows.end) return;
     const int64_t width = panels.width_of(i);
-    const Tiles tiles(panels.features, width * int64_t(sizeof(T)), rows.end - rows.begin,
-                      lists.crow[rows.end] - lists.crow[rows.begin], kProductPerTile);
+    // Of all rows, not of these: how sums are cut must not depend on who computes them.
+    const Tiles tiles(panels.features, panels.tile_width(i) * int64_t(sizeof(T)), lists.rows, lists.nnz,
+                      kProductPerTile);
     const int64_t block = tiles.count > 1 ? 256 : 64;
+    const T* bias = epilogue.bias;
     T* result = Workspace::mine().get<T>(Workspace::kTile, block * width);
     for (int64_t r = rows.begin; r < rows.end; r += block) {
       const int64_t count = std::min(block, rows.end - r);
@@ -78,6 +90,7 @@ struct PanelProduct {
         kernels<T>().product(p, int(panels.lines_of(i)));
         p.accumulate = true;
       });
+      epilogue.apply(result, count * width);
       panels.each_line(i, [&](int64_t sample, int64_t line, int64_t lanes) {
         kernels<T>().unpack[y.storage](
             {result + line * kLanes<T>, width, y.at(sample, r), y.sample_stride, y.feature_stride, lanes, count});
@@ -102,7 +115,7 @@ struct CodeProduct {
   const Panels<float>& panels;
   const MachineCode& code;
   const float* values;
-  const float* bias;
+  Epilogue<float> epilogue;
   Matrix y;
 
   void run_part(int64_t parts, int64_t part) const {
@@ -118,7 +131,8 @@ struct CodeProduct {
         const Span some{b, std::min(blocks.end, b + kBlocks)};
         const int64_t row = code.row(some.begin), rows = code.row(some.end) - row;
         float* result = Workspace::mine().get<float>(Workspace::kTile, count * rows * L);
-        code.run(some, count, panels.panel(first), panel, values, bias, result, rows * L);
+        code.run(some, count, panels.panel(first), panel, values, epilogue.bias, result, rows * L);
+        epilogue.apply(result, count * rows * L);
         for (int64_t t = 0; t < count; ++t)
           panels.each_line(first + t, [&](int64_t sample, int64_t, int64_t lanes) {
             kernels<float>().unpack[y.storage](
@@ -188,8 +202,8 @@ struct Permuted {
 
 // One sample needs no packing: rows are plain dot products.
 template <class T>
-void single(const Matrix& x, const Lists& lists, const T* values, const Permuted<T>* permuted, const T* bias,
-            const Matrix& y) {
+void single(const Matrix& x, const Lists& lists, const T* values, const Permuted<T>* permuted,
+            const Epilogue<T>& epilogue, const Matrix& y) {
   const T* row = reinterpret_cast<const T*>(x.data);
   if (x.storage != kNative || x.feature_stride != 1) {
     T* copy = Workspace::mine().get<T>(Workspace::kX, x.features);
@@ -203,37 +217,39 @@ void single(const Matrix& x, const Lists& lists, const T* values, const Permuted
     const Span rows = cut_rows(lists.crow, lists.rows, parts, part, kLanes<T>);
     if (rows.begin >= rows.end) return;
     if (permuted) permuted->fill({lists.crow[rows.begin], lists.crow[rows.end]});
+    const T* bias = epilogue.bias ? epilogue.bias + rows.begin : nullptr;
     kernels<T>().dot({row, lists.index, false, values, lists.crow + rows.begin, lists.crow + rows.begin + 1,
-                      rows.end - rows.begin, bias ? bias + rows.begin : nullptr, false, out + rows.begin, 1});
+                      rows.end - rows.begin, bias, false, out + rows.begin, 1});
+    epilogue.apply(out + rows.begin, rows.end - rows.begin);
   });
   if (y.storage != kNative) kernels<T>().store[y.storage]({out, 0, y.data, 0, 1, 1, lists.rows});
 }
 
-// y = x W^T + bias by machine code.
-void multiply_by_code(const Matrix& x, const MachineCode& code, const float* values, const float* bias, int64_t nnz,
-                      const Matrix& y) {
+// y = activation(x W^T + bias) by machine code.
+void multiply_by_code(const Matrix& x, const MachineCode& code, const float* values, const Epilogue<float>& epilogue,
+                      int64_t nnz, const Matrix& y) {
   const int64_t step = samples_at_once<float>(x.features, 1);
   for (int64_t first = 0; first < x.samples; first += step) {
     const int64_t count = std::min(step, x.samples - first);
     const Panels<float> panels(Workspace::kX, x.features, first, count, 1);
     const int64_t parts = parts_for(pack_cost(count, x.features) + product_cost(nnz, count));
     for_parts(parts, [&](int64_t part) { panels.fill_part(x, parts, part); });
-    const CodeProduct product{panels, code, values, bias, y};
+    const CodeProduct product{panels, code, values, epilogue, y};
     for_parts(parts, [&](int64_t part) { product.run_part(parts, part); });
   }
 }
 
-// y = x W^T + bias over the survivors listed by output; perm, if any, says where their values are.
+// y = activation(x W^T + bias) over the survivors listed by output; perm, if any, says where their values are.
 template <class T>
-Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists, const int32_t* perm, const T* bias,
-                const std::optional<Tensor>& key) {
+Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists, const int32_t* perm,
+                const Epilogue<T>& epilogue, const std::optional<Tensor>& key) {
   const Matrix x(x_tensor);
   Tensor out = new_empty<int64_t>(x_tensor, {x.samples, lists.rows});
   if (x.samples == 0 || lists.rows == 0) return out;
   const Matrix y(out);
   if constexpr (std::is_same_v<T, float>) {
     if (const auto code = perm ? nullptr : code_for<T>(key, false, lists, x.features, x.samples)) {
-      multiply_by_code(x, *code, values_as<T>(values), bias, lists.nnz, y);
+      multiply_by_code(x, *code, values_as<T>(values), epilogue, lists.nnz, y);
       Workspace::mine().trim();
       return out;
     }
@@ -242,7 +258,7 @@ Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists
   if (perm) permuted.emplace(values, perm, lists.nnz);
   const T* v = perm ? permuted->data : values_as<T>(values);
   if (x.samples == 1) {
-    single<T>(x, lists, v, perm ? &*permuted : nullptr, bias, y);
+    single<T>(x, lists, v, perm ? &*permuted : nullptr, epilogue, y);
     Workspace::mine().trim();
     return out;
   }
@@ -257,7 +273,7 @@ Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists
       panels.fill_part(x, parts, part);
       if (gather) permuted->fill(cut(lists.nnz, parts, part, kLanes<T>));
     });
-    const PanelProduct<T> product{panels, lists, v, bias, y};
+    const PanelProduct<T> product{panels, lists, v, epilogue, y};
     for_parts(parts, [&](int64_t part) { product.run_part(parts, part); });
   }
   Workspace::mine().trim();
@@ -284,16 +300,17 @@ void check_values(const char* op, const Tensor& values, const Tensor& x, const c
 }  // namespace
 
 Tensor csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias,
-                  std::optional<Tensor> code_key) {
+                  std::optional<Tensor> code_key, std::string activation) {
   constexpr const char* op = "csr_linear";
   check_activation(op, "x", x, -1);
   const Lists lists = check_lists(op, "crow_indices", crow, "col_indices", col);
   check_values(op, values, x, "x", lists);
   check_reach(op, "x", x, lists);
+  const Activation kind = activation_of(op, activation);
   return with_compute_type(x, [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> copy;
-    return multiply<T>(x, values, lists, nullptr, bias_as<T>(op, bias, x, lists.rows, copy), code_key);
+    return multiply<T>(x, values, lists, nullptr, {bias_as<T>(op, bias, x, lists.rows, copy), kind}, code_key);
   });
 }
 
@@ -307,7 +324,7 @@ Tensor csr_linear_t(Tensor dy, Tensor values, Tensor t_crow, Tensor t_row, Tenso
   check_vector(op, "t_perm", t_perm, lists.nnz);
   return with_compute_type(dy, [&](auto zero) {
     using T = decltype(zero);
-    return multiply<T>(dy, values, lists, perm, static_cast<const T*>(nullptr), std::nullopt);
+    return multiply<T>(dy, values, lists, perm, {}, std::nullopt);
   });
 }
 
@@ -363,9 +380,9 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tens
     });
     for_parts(parts, [&](int64_t part) {
       if (dx_matrix) {
-        if (!code) PanelProduct<T>{apart ? dx_panels : dy_panels, t_lists, permuted->data, nullptr, *dx_matrix}.run_part(parts, part);
+        if (!code) PanelProduct<T>{apart ? dx_panels : dy_panels, t_lists, permuted->data, {}, *dx_matrix}.run_part(parts, part);
         else if constexpr (std::is_same_v<T, float>)
-          CodeProduct{apart ? dx_panels : dy_panels, *code, permuted->data, nullptr, *dx_matrix}.run_part(parts, part);
+          CodeProduct{apart ? dx_panels : dy_panels, *code, permuted->data, {}, *dx_matrix}.run_part(parts, part);
       }
       if (need.dvalues)
         sddmm_span(dy_panels, x_panels, lists, cut(lists.nnz, parts, part, kLanes<T>), first > 0, dvalues.data());

@@ -54,6 +54,10 @@ struct Panels {
     return std::min(lines, (samples + L - 1) / L - panel * lines);
   }
   int64_t width_of(int64_t panel) const { return lines_of(panel) * L; }
+  // The width that tiles of features are cut for: that of the panel one thread would have, so that sums are too.
+  int64_t tile_width(int64_t i) const {
+    return count == 2 && 2 * lines == lines_for(samples) ? 2 * lines * L : width_of(i);
+  }
   T* panel(int64_t i) const { return data + i * lines * L * features; }
 
   // f(tensor position, line within the panel, lanes) for every line of a panel.

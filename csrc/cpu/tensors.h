@@ -115,6 +115,13 @@ const T* bias_as(const char* op, const std::optional<Tensor>& bias, const Tensor
   return copy.data();
 }
 
+inline Activation activation_of(const char* op, const std::string& name) {
+  const char* names[] = {"none", "relu", "gelu", "silu"};
+  for (int i = 0; i < 4; ++i)
+    if (name == names[i]) return Activation(i);
+  STD_TORCH_CHECK(false, op, ": Expected activation none, relu, gelu or silu, got ", name);
+}
+
 template <class N>
 Tensor new_empty(const Tensor& like, std::initializer_list<N> size) {
   std::vector<int64_t> sizes(size.begin(), size.end());

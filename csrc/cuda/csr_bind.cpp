@@ -63,9 +63,10 @@ Tensor product(const char* op, const Tensor& x, const Tensor& values, const Tens
   return as(y, x.scalar_type());
 }
 
-// A code key names machine code of the CPU.
+// A code key names machine code of the CPU, whose kernels alone apply an activation.
 Tensor csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias,
-                  std::optional<Tensor> /* code_key */) {
+                  std::optional<Tensor> /* code_key */, std::string activation) {
+  STD_TORCH_CHECK(activation == "none", "csr_linear: Expected activation none on a GPU, got ", activation);
   return product("csr_linear", x, values, nullptr, crow, col, bias);
 }
 

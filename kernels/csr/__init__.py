@@ -22,8 +22,8 @@ _ops = torch.ops.sparsekit
 class Csr(Format):
     name = "csr"
     derived_names = ("t_crow", "t_row", "t_perm", "code_key")
-    index_names = ("crow_indices", "col_indices", "code_key", "t_crow", "t_row", "t_perm")
     epilogue = ("relu", "gelu", "silu")
+    index_names = ("crow_indices", "col_indices", "code_key", "t_crow", "t_row", "t_perm")
 
     def index(self, mask, groups=1):
         return layout.csr(mask)
@@ -59,8 +59,9 @@ class Csr(Format):
         return "no csr convolution kernel for a GPU" if mask.dim() > 2 else _native.lacks_cuda()
 
     def linear(self, x, values, bias, index, shape, activation="none"):
-        y = _ops.csr_linear.default(x, values, index[0], index[1], bias, index[2])
-        return y if activation == "none" else activate(y, activation)
+        if activation == "none" or x.device.type == "cpu":
+            return _ops.csr_linear.default(x, values, index[0], index[1], bias, index[2], activation)
+        return activate(_ops.csr_linear.default(x, values, index[0], index[1], bias), activation)
 
     def linear_t(self, dy, values, index, shape):
         return _ops.csr_linear_t.default(dy, values, *index[3:])
