@@ -1,6 +1,7 @@
 # make demo    install into .venv, find tickets on real digits, write runs/demo/report.md
 # make test    install into .venv, run the test suite
-# make bench   print the layer suite;  make bench-quick  the table of the README, in minutes;  make asan  the kernel tests under address and undefined-behaviour sanitizers
+# make bench   print the layer suite;  make bench-quick  the table of the README, in minutes
+# make asan    the kernel tests under address and undefined-behaviour sanitizers
 # make tsan    threaded kernels under ThreadSanitizer;  make nightly  10000 random layers on every instruction set
 # make aarch64 cross-compile the CPU kernels, run the innermost in an emulator
 # make emulate  every CUDA kernel on the CPU once more, for longer than make test does
@@ -44,7 +45,7 @@ bench-quick: $(READY)
 	$(RUN) -m sparsekit bench hero --quick --threads 2
 
 docs: $(READY)
-	$(RUN) docs/build.py --out build/docs
+	$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs
 
 emulate: $(READY)
 	$(RUN) tests/emulated.py long
