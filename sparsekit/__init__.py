@@ -12,6 +12,7 @@ from .nn import compact as compact
 from .nn import convert as convert
 from .nn import fuse as fuse
 from .nn import masks_of as masks_of
+from .nn import regroup as regroup
 from .nn import to_dense as to_dense
 from .overlap import overlap as overlap
 from .pattern import Pattern as Pattern
@@ -19,6 +20,7 @@ from .plan import explain as explain
 from .prune import criterion as criterion
 from .prune import prunable as prunable
 from .prune import prune as prune
+from .refill import refill as refill
 from .schedule import schedule as schedule
 from .ticket import instability as instability
 from .ticket import tickets as tickets
@@ -38,6 +40,8 @@ __all__ = [
     "overlap",
     "prunable",
     "prune",
+    "refill",
+    "regroup",
     "save",
     "schedule",
     "sparse_conv2d",

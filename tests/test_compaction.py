@@ -308,7 +308,14 @@ class Peeking(Sized):
         return self.b(self.a(x)) + F.linear(x, self.a.weight).sum()
 
 
-@pytest.mark.parametrize("kind", [Sized, Chunked, Softmaxed, Peeking])
+class Functional(Sized):
+    """A layer that is never called."""
+
+    def forward(self, x):
+        return self.b(F.linear(x, self.a.weight, self.a.bias))
+
+
+@pytest.mark.parametrize("kind", [Sized, Chunked, Softmaxed, Peeking, Functional])
 def test_what_is_not_understood_stays(kind):
     model = kind()
     nn.init.zeros_(model.a.bias)

@@ -11,3 +11,4 @@ from .convert import masks_of as masks_of
 from .convert import to_dense as to_dense
 from .fuse import fuse as fuse
 from .linear import SparseLinear as SparseLinear
+from .reorder import regroup as regroup
