@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     ticket.add_argument(
         "--seeds", type=int, default=1, help="replicates, each in OUT/seed_N; the verdict then has intervals"
     )
+    ticket.add_argument("--workers", type=int, default=1, help="replicates trained at a time, one thread each")
     ticket.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     ticket.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     ticket.add_argument("--out", type=Path, required=True, help="run directory; an unfinished run goes on")
@@ -87,6 +88,24 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     again.add_argument("--out", type=Path, help="default: runs/reproduce/NAME-SCALE; an unfinished run goes on")
     again.set_defaults(run=_reproduce)
+
+    stability = commands.add_parser("stability", help="is training from a step on stable to SGD noise?")
+    stability.add_argument("--model", required=True, help="as for ticket")
+    stability.add_argument("--data", required=True, help="as for ticket")
+    stability.add_argument("--data-dir", type=Path, help="where the data files are (default: $SPARSEKIT_DATA)")
+    length = stability.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, help="length of the training in epochs")
+    length.add_argument("--iterations", type=int, help="length of the training in steps (default: the paper's)")
+    stability.add_argument("--steps", type=int, nargs="+", default=[0], help="steps to branch from (default 0)")
+    stability.add_argument("--ticket", type=Path, help="under the masks of this file, RUN/round_NN/trained.safetensors")
+    stability.add_argument("--children", type=int, default=2, help="trainings from each step, compared by pairs")
+    stability.add_argument("--alphas", type=int, default=30, help="points on each line")
+    stability.add_argument("--workers", type=int, default=1, help="children trained at a time, one thread each")
+    stability.add_argument("--seed", type=int, default=0)
+    stability.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    stability.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    stability.add_argument("--json", type=Path, help="also write the curves to this file")
+    stability.set_defaults(run=_stability)
 
     report = commands.add_parser("report", help="write RUN/report.md with figures; of several runs one page")
     report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run, or folders of them")
@@ -150,6 +169,12 @@ def _reproduce(args: argparse.Namespace) -> int:
     checks = reproduce.reproduce(args.name, args.scale, args.out, **how)
     print(reproduce.table(checks))
     return int(any(check.passed is False for check in checks))
+
+
+def _stability(args: argparse.Namespace) -> None:
+    from .ticket.command import stability
+
+    stability(args)
 
 
 def _report(args: argparse.Namespace) -> None:

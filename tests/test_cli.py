@@ -46,7 +46,7 @@ def run(tmp_path_factory):
 
 def test_help_names_the_commands():
     done = subprocess.run([sys.executable, "-m", "sparsekit", "--help"], capture_output=True, text=True, check=True)
-    for command in ("info", "ticket", "report", "export", "bench"):
+    for command in ("info", "ticket", "stability", "report", "export", "bench"):
         assert command in done.stdout
 
 
@@ -84,6 +84,43 @@ def test_a_relaunch_trains_nothing_and_prints_the_ledger_again(run, capsys, monk
     assert search(folder, "--control", "reinit") == summary
     printed = capsys.readouterr()
     assert "accuracy %" in printed.out and str(folder) in printed.out and not printed.err
+
+
+def test_seeds_criteria_schedules_and_controls(tmp_path, capsys):
+    pytest.importorskip("scipy")
+    options = ["--density", "0.3", "--schedule", "cubic", "--criterion", "snip", "--score-at", "init", "--seeds", "2"]
+    controls = ["--control", "random,random,noise:0.5", "--least", "1", "--scope", "global"]
+    length = ["--rounds", "2", "--iterations", "30"]
+    argv = ["ticket", "--model", MODEL, "--data", "digits", *length, *options, *controls]
+    assert main([*argv, "--out", str(tmp_path / "a")]) == 0
+    table = capsys.readouterr().out
+    assert "verdict" in table and "noise:0.5 %" in table and "[" in table
+    found = json.loads((tmp_path / "a" / "study.json").read_text())
+    assert found["seeds"] == [0, 1] and [row["round"] for row in found["rounds"]] == [1, 2]
+    assert found["rounds"][1]["density"] == pytest.approx(0.3, abs=0.01)
+    assert found["rounds"][0]["density"] == pytest.approx(0.3 + 0.7 / 8, abs=0.01)
+    assert list(found["rounds"][0]["controls"]) == ["random", "noise:0.5"]
+    summaries = [json.loads((tmp_path / "a" / f"seed_{seed}" / "summary.json").read_text()) for seed in (0, 1)]
+    assert len(summaries[0]["rounds"][1]["controls"]["random"]["runs"]) == 2
+    assert summaries[0]["rounds"][0]["test_accuracy"] != summaries[1]["rounds"][0]["test_accuracy"]
+    assert main([*argv, "--workers", "2", "--out", str(tmp_path / "b")]) == 0  # side by side: the same figures
+    again = json.loads((tmp_path / "b" / "study.json").read_text())
+    assert again["rounds"] == found["rounds"]
+    assert main(["report", str(tmp_path / "a" / "seed_0")]) == 0
+
+
+def test_stability(run, tmp_path, capsys):
+    argv = ["stability", "--model", MODEL, "--data", "digits", "--iterations", "60", "--alphas", "4"]
+    steps = ["--steps", "60", "0", "--ticket", str(run[0] / "round_02" / "trained.safetensors")]
+    assert main([*argv, *steps, "--json", str(tmp_path / "s.json")]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert [row["step"] for row in found["steps"]] == [0, 60] and "stable from step" in printed
+    assert found["steps"][1]["value"] == 0 and found["steps"][1]["stable"]
+    assert found["stable_from"] in (0, 60) and len(found["steps"][0]["curves"][0]) == 4
+    assert main([*argv, "--steps", "61"]) == 2 and main([*argv, "--children", "1"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "Expected steps between 0 and 60, got [61]" in lines[0] and "Expected children as a whole" in lines[1]
 
 
 def test_more_rounds_go_on(run, tmp_path):

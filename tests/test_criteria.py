@@ -151,6 +151,14 @@ def test_flow_is_conserved_from_layer_to_layer():
     assert sums == pytest.approx([sums[0]] * 3, rel=1e-12)
 
 
+def test_flow_stays_in_double_precision_under_autocast():
+    """Scores under autocast lose the small ones (a defect of another tool)."""
+    model, how = conv_net(), {"data": (IMAGES, Y[:12])}
+    plain = scores("synflow", model, **how)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scores("synflow", model, **how), plain) and plain.dtype == torch.float64
+
+
 def test_flow_is_of_the_eval_mode_and_leaves_batch_norms_alone():
     model = conv_net().train()
     before = {n: t.clone() for n, t in model.state_dict().items()}

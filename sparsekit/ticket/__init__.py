@@ -1,10 +1,10 @@
 """The laboratory: searches for winning tickets, controls and verdicts, stability, transfer, supermasks."""
 
 from .early import EarlyBird as EarlyBird
-from .loop import Round as Round
 from .loop import TicketSearch as TicketSearch
 from .loop import tickets as tickets
 from .rewind import Rewind as Rewind
+from .round import Round as Round
 from .stability import Branches as Branches
 from .stability import Instability as Instability
 from .stability import instability as instability

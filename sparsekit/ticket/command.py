@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from .. import data as datasets
 from .. import device, models
 from ..data import Dataset
-from ..files import write_json
+from ..files import read_tensors, unpack_state, write_json
 from ..report import ledger_table
 from ..schedule import KINDS, schedule
 from .controls import parse
-from .loop import plain, tickets
+from .loop import tickets
 from .rewind import Rewind
+from .round import plain
+from .stability import Branches
 from .train import Training, train_round
 from .verdict import study, verdict_table
+from .workers import each
 
-__all__ = ["search"]
+__all__ = ["search", "stability"]
 
 _SCORED_IMAGES, _SCORED_BATCH = 1024, 128  # what criteria that read gradients see
 
@@ -35,12 +38,12 @@ def search(args: Namespace) -> dict:
     _check(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    seeds = range(args.seed, args.seed + args.seeds)
     if args.seeds == 1:
-        found = _search(args, args.seed, args.out)
-        summaries, result = [found], found
+        summaries = [_search(args, args.seed, args.out)]
+        result = summaries[0]
     else:
-        seeds = range(args.seed, args.seed + args.seeds)
-        summaries = [_search(args, seed, Path(args.out) / f"seed_{seed}") for seed in seeds]
+        summaries = each(lambda seed: _search(args, seed, Path(args.out) / f"seed_{seed}"), seeds, args.workers)
         result = {"seeds": list(seeds), "config": summaries[0]["config"]}
     if args.seeds > 1 or _controls(args):
         rounds = study(summaries)
@@ -49,6 +52,39 @@ def search(args: Namespace) -> dict:
             result["rounds"] = plain("study", rounds)
             write_json(Path(args.out) / "study.json", result)
     print(f"run directory: {Path(args.out)}")
+    return result
+
+
+def stability(args: Namespace) -> dict:
+    """Measure the instability that ``args`` asks for; prints and returns it, and writes it to ``args.json``."""
+    _check_training(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    data = datasets.load(args.data, args.data_dir, seed=args.seed).to(args.device)
+    training = _training(args, len(data.train_y))
+    shape = tuple(data.train_x.shape[1:])
+    model = models.build(args.model, classes=data.classes, input_shape=shape, seed=args.seed).to(args.device)
+    masks = None if args.ticket is None else unpack_state(*read_tensors(args.ticket))[1]
+    branches = Branches(model, data, training, args.steps, args.seed)
+    how = {"children": args.children, "alphas": args.alphas, "workers": args.workers}
+    rows = []
+    print("    step  instability %  stable  error % on the line (first pair)")
+    for step in sorted(set(args.steps)):
+        found = branches.instability(step, masks, **how)
+        curve = "  ".join(f"{100 * error:.1f}" for error in found.curves[0][:: max(1, len(found.alphas) // 6)])
+        print(f"{step:8d}  {100 * found.value:13.2f}  {'yes' if found.stable else 'no':>6}  {curve}")
+        rows.append({"step": step, "value": found.value, "stable": found.stable, "values": list(found.values)})
+        rows[-1] |= {"alphas": list(found.alphas), "curves": [list(curve) for curve in found.curves]}
+    stable = None
+    for row in reversed(rows):
+        if not row["stable"]:
+            break
+        stable = row["step"]
+    print("no step is stable" if stable is None else f"stable from step {stable} on: rewind to {stable}it")
+    result = {"model": args.model, "data": args.data, "seed": args.seed, "iterations": training.iterations}
+    result |= {"ticket": None if args.ticket is None else str(args.ticket), "stable_from": stable, "steps": rows}
+    if args.json is not None:
+        write_json(args.json, result)
     return result
 
 
@@ -92,7 +128,7 @@ def _tickets(args: Namespace, seed: int, out: Path, data: Dataset, training: Tra
 def _rates(args: Namespace, model: nn.Module) -> tuple[int, Any, tuple[str, ...], str]:
     """Rounds, rates, layers to leave dense and scope, from the options and the model's recipe."""
     table = models.rates(args.model, args.rate)
-    scope = args.scope or models.recipe(args.model).scope
+    scope = args.scope or ("layer" if args.pattern != "unstructured" else models.recipe(args.model).scope)
     exclude = {name for name, rate in table.items() if rate == 0} if args.rate != 0 else set()
     if args.pattern == "channel":  # a channel of the output layer is a class
         exclude.add(models.output_layer(model))
@@ -113,18 +149,22 @@ def _controls(args: Namespace) -> list[str]:
     return [] if args.control == "none" else args.control.split(",")
 
 
-def _check(args: Namespace) -> None:
+def _check_training(args: Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("Expected --device cpu, got cuda: torch sees no CUDA device here (see sparsekit info)")
+    for option in ("epochs", "iterations", "threads", "seeds", "workers"):
+        if (value := getattr(args, option, None)) is not None and value < 1:
+            raise ValueError(f"Expected --{option} of at least 1, got {value}")
+
+
+def _check(args: Namespace) -> None:
+    _check_training(args)
     if args.rate is not None and not 0 <= args.rate < 1:
         raise ValueError(f"Expected --rate in [0, 1), got {args.rate}")
     if args.rate is not None and args.density is not None:
         raise ValueError("Expected --rate or --density, got both")
     if args.schedule != KINDS[0] and args.density is None:
         raise ValueError(f"Expected --density with --schedule {args.schedule}, got none")
-    for option in ("epochs", "iterations", "threads", "seeds"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise ValueError(f"Expected --{option} of at least 1, got {value}")
     for text in _controls(args):
         parse(text)
 

@@ -45,6 +45,11 @@ class Rewind:
             return cls("weights", int(match[1]), match[2])
         raise ValueError(f"Expected rewind 'init', '500it', '2ep', 'lr' or 'none', got {text!r}")
 
+    def __str__(self) -> str:
+        if self.kind != "weights":
+            return self.kind
+        return f"{self.count}{self.unit}" if self.count else "init"
+
     def step(self, steps_per_epoch: int | None) -> int:
         """The rewind point in steps; raises ValueError when epochs cannot be turned into steps."""
         if self.unit == "it" or not self.count:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import device
 from ..data import Dataset
 from .ledger import masked_dense
-from .loop import Round
+from .round import Round
 
 __all__ = ["Fit", "Training", "evaluate", "fit", "fitting", "masked_sampler", "means", "train_round"]
 
