@@ -30,6 +30,7 @@ from .store import RunDir
 
 __all__ = ["TicketSearch", "tickets"]
 
+
 class TicketSearch:
     """The iterable that :func:`tickets` returns; ``summary`` holds the ledger as it grows."""
 
