@@ -1,0 +1,269 @@
+"""Files that serve: traced, compiled and ONNX graphs give what the model gives, for any batch, here and in C++."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sparsekit as sk
+from sparsekit import _native, serve
+from sparsekit.__main__ import main
+from sparsekit.export import save_aoti, save_onnx, save_pt2
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+native = pytest.mark.skipif(_native.lacks_cpu() is not None, reason="no native library")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Linear(16, 5)
+        self.norm.running_mean.uniform_()
+
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+X = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def sparse(impl="csr", training=False) -> nn.Module:
+    torch.manual_seed(0)
+    model = Net().train(training)
+    return sk.convert(model, sk.prune(model, 0.7, pattern="block:4x1" if impl == "bsr" else "unstructured"), impl=impl)
+
+
+def batches(got, model):
+    """``got`` agrees with ``model`` for every batch, none of which it was made with."""
+    for size in (1, 2, 5, 64):
+        x = torch.randn(size, 2, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(got(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["csr", "bsr", "dense"])
+def test_a_traced_file_gives_what_the_model_gives(tmp_path, impl):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a forced format without a kernel warns
+        model = sparse(impl)
+    assert save_pt2(model, X, tmp_path / "m.pt2") == tmp_path / "m.pt2"
+    served = serve.load(tmp_path / "m.pt2")
+    batches(served, model)
+    assert not served(X).requires_grad
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.pt2"]
+
+
+def test_a_traced_file_leaves_out_what_only_training_reads(tmp_path):
+    model, trained = sparse(), sparse()
+    trained.train()(X.clone().requires_grad_()).sum().backward()
+    assert trained.conv._buffers["t_perm"] is not None
+    for name, net in {"a": model, "b": trained.eval()}.items():
+        save_pt2(net, X, tmp_path / f"{name}.pt2")
+    sizes = [(tmp_path / f"{name}.pt2").stat().st_size for name in "ab"]
+    assert abs(sizes[0] - sizes[1]) < 512 and trained.conv._buffers["t_perm"] is not None
+
+
+@pytest.mark.parametrize("save", [save_pt2, save_aoti])
+@pytest.mark.parametrize(
+    ("model", "x", "name", "why"),
+    [
+        (lambda: sparse(training=True), X, "m.pt2", "Expected a model in eval mode"),
+        (sparse, X, "m.bin", r"m\.bin: Expected a file name that ends in \.pt2"),
+        (sparse, X, "gone/m.pt2", "Expected a file in an existing directory"),
+        (sparse, 3, "m.pt2", "Expected inputs with a batch axis, got int"),
+        (sparse, X[:, :1], "m.pt2", "Net: Expected a model that torch.export traces"),
+    ],
+)
+def test_graphs_that_cannot_be(tmp_path, save, model, x, name, why):
+    with pytest.raises((ValueError, FileNotFoundError), match=why):
+        save(model(), x, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_no_graph_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        serve.load(tmp_path / "gone.pt2")
+    (tmp_path / "a.pt2").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"a\.pt2: Expected a \.pt2 file, got no archive"):
+        serve.load(tmp_path / "a.pt2")
+    torch.save({}, tmp_path / "b.pt2")
+    with pytest.raises(ValueError, match=r"b\.pt2: Expected a \.pt2 file that torch.export or AOTInductor wrote"):
+        serve.load(tmp_path / "b.pt2")
+
+
+def test_serving_imports_nothing_that_trains():
+    code = "import sys, sparsekit.serve; print(*[m for m in sys.modules if m.startswith('sparsekit.')])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "sparsekit.ops" in out
+    training = ("nn", "ticket", "export", "data", "models", "plan", "report", "autograd")
+    assert [name for name in out if name.split(".")[1] in training] == []
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    folder, model = tmp_path_factory.mktemp("aoti"), sk.fuse(sparse())
+    return save_aoti(model, X, folder / "m.pt2"), model
+
+
+@native
+def test_a_compiled_file_gives_what_the_model_gives(package):
+    path, model = package
+    served = serve.load(path)
+    batches(served, model)
+    for wrong, error in ((X[:0], ValueError), (X[:, :1], ValueError), (X[0], ValueError), (X.double(), TypeError)):
+        with pytest.raises(error, match="Expected an input of"):
+            served(wrong)
+    with pytest.raises(ValueError, match="Expected 1 inputs as at export, got 2"):
+        served(X, X)
+    strided = X.transpose(2, 3)
+    torch.testing.assert_close(served(strided), model(strided), rtol=1e-5, atol=1e-5)
+
+
+@native
+def test_a_compiled_file_serves_without_the_compiler_or_the_tracer(package):
+    code = (
+        "import sys, torch, sparsekit.serve as serve\n"
+        f"print(serve.load({str(package[0])!r})(torch.ones(3, 2, 8, 8)).shape)\n"
+        "print(*sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert out[0] == "torch.Size([3, 5])"
+    assert not {"torch._inductor.compile_fx", "torch._dynamo", "sparsekit.nn"} & {*out[1].split()}
+
+
+@native
+@pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake")
+def test_a_compiled_file_serves_in_cpp(package, tmp_path):
+    path, model = package
+    cmake = ["cmake", "-S", ROOT / "examples/serve_cpp", "-B", tmp_path / "b", "-DCMAKE_BUILD_TYPE=Debug",
+             f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]  # fmt: skip
+    for command in (cmake, ["cmake", "--build", tmp_path / "b"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    run = [tmp_path / "b/serve", _native.status()["path"], path]
+    done = subprocess.run([*run, "6x2x8x8", "3"], input=X.numpy().tobytes(), capture_output=True, check=True)
+    got = torch.from_numpy(np.frombuffer(done.stdout, np.float32).copy()).view(6, 5)
+    torch.testing.assert_close(got, model(X).detach(), rtol=1e-5, atol=1e-5)
+    assert done.stderr.decode().endswith(" us\n")
+    for arguments, why in (
+        (run[:2], "Expected LIBRARY PACKAGE SHAPE"),
+        ([*run, "6x2x8x9"], "Expected 864 numbers on stdin, got fewer"),
+        ([*run, "6x2x4x16"], "unmatched"),
+        ([run[0], tmp_path / "no.so", path, "6x2x8x8"], "no.so"),
+    ):
+        done = subprocess.run(arguments, input=X.numpy().tobytes(), capture_output=True)
+        assert done.returncode == 1 and why in done.stderr.decode(), done.stderr.decode()
+
+
+# ONNX
+
+
+def onnx_packages():
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    import onnxruntime
+
+    return onnxruntime
+
+
+@pytest.mark.parametrize("sparse_file", [False, True])
+def test_an_onnx_file_gives_what_the_model_gives(tmp_path, sparse_file):
+    runtime = onnx_packages()
+    model = sparse()
+    assert save_onnx(model, X, tmp_path / "m.onnx", sparse=sparse_file) == tmp_path / "m.onnx"
+    session = runtime.InferenceSession(tmp_path / "m.onnx")
+    for size in (1, 7):
+        x = torch.randn(size, 2, 8, 8)
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(x).detach(), rtol=1e-5, atol=1e-5)
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.onnx"]
+
+
+def test_sparse_initialisers_shrink_the_file_and_keep_the_bits(tmp_path):
+    onnx_packages()
+    import onnx
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+    masks = sk.prune(model, 0.9) | {"2.weight": torch.rand(64, 256) < 0.5}  # the second is smaller dense
+    ticket = sk.convert(model, masks, impl="csr")
+    for name in ("dense", "sparse"):
+        save_onnx(ticket, torch.randn(4, 128), tmp_path / f"{name}.onnx", sparse=name == "sparse")
+    dense, small = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("dense", "sparse"))
+    assert {s.values.name for s in small.sparse_initializer} == {"0.weight"} and not dense.sparse_initializer
+    (only,) = small.sparse_initializer
+    want = next(onnx.numpy_helper.to_array(t) for t in dense.initializer if t.name == "0.weight")
+    got = np.zeros(want.size, np.float32)
+    got[onnx.numpy_helper.to_array(only.indices)] = onnx.numpy_helper.to_array(only.values)
+    assert np.array_equal(got.reshape(want.shape), want)
+    assert (tmp_path / "sparse.onnx").stat().st_size < 0.7 * (tmp_path / "dense.onnx").stat().st_size
+
+
+def test_an_onnx_graph_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
+    onnx_packages()
+    monkeypatch.setattr("sparsekit.export.onnx._ERROR", -1.0)
+    (tmp_path / "m.onnx").write_text("old")
+    with pytest.raises(RuntimeError, match="Expected onnxruntime within"):
+        save_onnx(sparse(), X, tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_onnx_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"pip install 'sparsekit\[onnx\]'"):
+        save_onnx(sparse(), X, tmp_path / "m.onnx")
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A packed file that names its network, as those of runs do."""
+    from sparsekit import models
+
+    path = tmp_path_factory.mktemp("packed") / "t.safetensors"
+    model = models.build("mlp:64-32-10", input_shape=(1, 8, 8), seed=0)
+    ticket = sk.convert(model, sk.prune(model, 0.8), impl="csr")
+    sk.save(ticket, path, recipe={"config": {"model": "mlp:64-32-10", "data": "digits"}})
+    return path, ticket
+
+
+@pytest.mark.parametrize("to", ["pt2", "onnx"])
+def test_the_command_line_exports_graphs(packed, tmp_path, to):
+    path, ticket = packed
+    out, x = tmp_path / f"m.{to}", torch.randn(5, 1, 8, 8)
+    if to == "onnx":
+        runtime = onnx_packages()
+    assert main(["export", str(path), "--to", to, "-o", str(out), "--batch", "8"]) == 0
+    if to == "onnx":
+        session = runtime.InferenceSession(out)
+        got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    else:
+        got = serve.load(out)(x)
+    torch.testing.assert_close(got, ticket(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_command_line_needs_the_name_of_a_network(packed, tmp_path, capsys):
+    path, ticket = packed
+    sk.save(ticket, tmp_path / "t", recipe={"config": {"model": "os.system", "data": ["digits"]}})
+    out = ["--to", "pt2", "-o", str(tmp_path / "m.pt2")]
+    assert main(["export", str(tmp_path / "t"), *out]) == 2
+    assert "Expected --model and --input-shape" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "t"), *out, "--input-shape", "1x8x8"]) == 2
+    assert "Expected a model of lenet-300-100" in capsys.readouterr().err
+    assert main(["export", str(path), *out, "--model", "conv2", "--input-shape", "1x28x28"]) == 2
+    assert "Expected the tensors of conv2, got others" in capsys.readouterr().err
+    assert not (tmp_path / "m.pt2").exists()
+    assert main(["export", str(tmp_path / "t"), *out, "--model", "mlp:64-32-10", "--input-shape", "1x8x8"]) == 0
+    assert os.path.exists(tmp_path / "m.pt2")
