@@ -41,7 +41,7 @@ MASK = "#mask"
 """What a mask's name ends with, after the name of its weight."""
 PARTIAL = ".partial"
 """Hidden files and folders that end so were being written when their process died."""
-_ROOM_BYTES, _ROOM_FACTOR = 2**28, 1024
+_ROOM_BYTES, _ROOM_FACTOR = 2**26, 1024
 """How large the dense weights of a packed file may be: so many bytes, and so many times the file's own."""
 
 

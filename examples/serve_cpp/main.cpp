@@ -31,6 +31,7 @@ static std::vector<int64_t> parse_shape(const std::string& text) {
 
 static void serve(int argc, char** argv) {
     if (argc < 4) throw std::runtime_error("Expected LIBRARY PACKAGE SHAPE [REPEATS], got fewer");
+    setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 0);  // compiled code trusts its inputs unless asked
     // The operators of the sparse layers register themselves with torch when their library is opened.
     if (!dlopen(argv[1], RTLD_NOW)) throw std::runtime_error(dlerror());
     if (const char* threads = std::getenv("OMP_NUM_THREADS")) at::set_num_threads(std::stoi(threads));
