@@ -35,6 +35,14 @@ def status() -> dict:
     return dict(_status)
 
 
+def stamp() -> str:
+    """Size and date of the library file: times measured with another build of it are worth nothing."""
+    if not load():
+        return "none"
+    found = _PATH.stat()
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
 def lacks_cpu() -> str | None:
     """Why there are no CPU kernels, or None when there are."""
     return None if status()["loaded"] else "the native library is missing (see sparsekit info)"

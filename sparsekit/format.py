@@ -93,6 +93,11 @@ class Format(ABC):
         """Why a device has no kernel for a mask in this format, or None; the verbs work all the same, densely."""
         return None
 
+    def stored(self, mask: Tensor, groups: int = 1) -> tuple[int, str]:
+        """How many values it would hold for a mask that it supports, and in what blocks (``"16x16"``, ``""`` for
+        none), found without packing it."""
+        return int(mask.count_nonzero()), ""
+
     @abstractmethod
     def linear(self, x: Tensor, values: Tensor, bias: Tensor | None, index: Index, shape: torch.Size) -> Tensor:
         """``x Wᵀ + bias``."""

@@ -20,7 +20,7 @@ FLOORS = [
     {"prune"},
     {"collapse", "flops", "overlap"},
     {"format", "kernels", "files", "times"},
-    {"plan"},
+    {"plan", "explanation", "roofline"},
     {"ops", "autograd", "functional"},
     {"serve"},
     {"nn"},

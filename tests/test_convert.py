@@ -13,7 +13,7 @@ import sparsekit as sk
 from sparsekit import plan
 from sparsekit.nn import SparseModule, dense_state
 
-convert_module = sys.modules["sparsekit.nn.convert"]  # sparsekit.nn.convert is the function
+planning = sys.modules["sparsekit.nn.planning"]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,8 @@ def _steady_choice(monkeypatch):
         times = {name: 10.0 if name == "csr" else 100.0 for name in thunks}
         return min(times, key=times.get), times
 
-    monkeypatch.setattr(convert_module, "choose", choose)
+    monkeypatch.setattr(planning, "choose", choose)
+    monkeypatch.setattr(planning, "recall", lambda key: None)
 
 
 class Net(nn.Module):
@@ -395,7 +396,8 @@ def test_a_converted_model_trains_as_the_masked_one(impl):
 
 
 def test_real_measurements_end_to_end(monkeypatch):
-    monkeypatch.setattr(convert_module, "choose", plan.choose)
+    monkeypatch.setattr(planning, "choose", plan.choose)
+    monkeypatch.setattr(planning, "recall", plan.recall)
     monkeypatch.setattr(plan, "_cache", plan.Times("plans.json"))
     model = Net()
     with warnings.catch_warnings():
@@ -411,7 +413,7 @@ def test_times_of_one_block_do_not_serve_for_another(monkeypatch):
         keys.append(key)
         return "dense", dict.fromkeys(thunks, 1.0)
 
-    monkeypatch.setattr(convert_module, "choose", choose)
+    monkeypatch.setattr(planning, "choose", choose)
     for pattern in ("block:16x16", "block:8x1", "block:16x16"):
         sk.convert(model, sk.prune(model, 0.75, pattern=pattern))
     assert keys[0] == keys[2] != keys[1]

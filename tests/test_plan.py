@@ -187,14 +187,14 @@ def test_explain_tells_the_whole_story():
     assert first["input_shape"] == (5, 3, 6, 6) and second["input_shape"] == (5, 64)
     assert last["chosen"] == "torch" and last["rejected"] == {"sparse": "no weight of it is pruned"}
     head, *rows = str(sk.explain(fast)).splitlines()
-    assert head.split()[:4] == ["layer", "shape", "density", "runs"]
-    assert rows[0].split()[:2] == ["0", "4x3x3x3"] and first["chosen"] in rows[0]
-    assert "0: forward measured on an input of 5x3x6x6 (from example_inputs)" in rows
+    assert head.split()[:5] == ["layer", "shape", "input", "density", "runs"]
+    assert rows[0].split()[:3] == ["0", "4x3x3x3", "5x3x6x6"] and first["chosen"] in rows[0]
 
 
 def test_explain_says_what_was_assumed_and_forced():
     dense, masks = model()
-    assert "assumed, give example_inputs" in str(sk.explain(sk.convert(dense, masks)))
+    text = str(sk.explain(sk.convert(dense, masks)))
+    assert "(16x3x32x32)" in text and "assumed; give example_inputs" in text
     forced = sk.explain(sk.convert(dense, masks, impl="csr"))
     assert "csr (forced)" in str(forced) and forced.layers[0].us is None and forced.layers[0].speedup is None
 

@@ -83,6 +83,10 @@ class Blocked(Format):
             return f"survivors fill {share:.0%} of the {rows}x{cols} blocks they touch; prune with a block pattern"
         return None
 
+    def stored(self, mask, groups=1):
+        rows, cols = self.block(mask, groups)
+        return int(layout.alive(mask, (rows, cols), groups).count_nonzero()) * rows * cols, f"{rows}x{cols}"
+
     def block(self, mask, groups=1):
         """The (R, C) in which a mask is kept."""
         return layout.best_block(mask, self.families, groups) or self.otherwise

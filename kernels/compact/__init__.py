@@ -60,6 +60,10 @@ class Compact(Format):
             return "no survivor"
         return "no dead input or output unit" if bool(rows.all() & cols.all()) else None
 
+    def stored(self, mask, groups=1):
+        rows, cols = (int(live.count_nonzero()) for live in _live(mask))
+        return rows * cols * torch.Size(mask.shape[2:]).numel(), ""
+
     def linear(self, x, values, bias, index, shape):
         rows, cols = index[0], index[1]
         y = F.linear(x.index_select(1, cols), values, None if bias is None else bias.index_select(0, rows))

@@ -53,6 +53,9 @@ class Nm(Format):
     def absent(self, where, mask, groups=1):
         return cuda.absent(where) if where.type == "cuda" else f"no 2:4 kernel on the {where.type.upper()}"
 
+    def stored(self, mask, groups=1):
+        return mask.numel() // 2, ""
+
     def linear(self, x, values, bias, index, shape):
         return _ops.nm_linear.default(x, values, index[0], bias)
 

@@ -165,7 +165,7 @@ class SparseModule(nn.Module):
     def density(self) -> float:
         """Share of the weights that survive."""
         count = torch.Size(self.shape).numel()
-        return int(self.survivors().sum()) / count if count else 1.0
+        return int(self.survivors().count_nonzero()) / count if count else 1.0
 
     def set_format(self, name: str) -> None:
         """Move the survivors into another format; the parameter object stays, its shape changes."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from .. import device
 from .. import format as formats
+from ..explanation import formats_of
 from ..kernels import tuning
 from ..mask import Masks, bias_name, check_masks, density, is_transposed, mask_of, weight_name, weight_of
-from ..plan import LayerPlan, cache_key, choose, density_bucket
+from ..plan import LayerPlan, ModelPlan
 from ..prune import prunable, why_not
 from .attention import (
     SparseMultiheadAttention,
@@ -24,9 +28,12 @@ from .attention import (
     restore_fast_paths,
 )
 from .base import SparseModule
+from .capture import capture, on_gpu
 from .conv import SparseConv1d, SparseConv2d
 from .fuse import Applied
 from .linear import SparseLinear
+from .planning import Budget, Job, plan_layers, thunk
+from .whole import call, check
 
 __all__ = ["convert", "dense_state", "masks_of", "to_dense"]
 
@@ -36,7 +43,6 @@ _SPARSE = {
     nn.Conv1d: SparseConv1d,
     nn.Conv2d: SparseConv2d,
 }
-_ASSUMED_BATCH, _ASSUMED_IMAGE = 64, (16, 32, 32)
 _HOOKS = [name for name in nn.Module().__dict__ if name.endswith("_hooks") or "_hooks_" in name]
 
 
@@ -47,6 +53,9 @@ def convert(
     training: bool = False,
     impl: str | Mapping[str, str] = "auto",
     inplace: bool = False,
+    *,
+    plan_seconds: float = 10.0,
+    graph: bool = False,
 ) -> nn.Module:
     """Replace the pruned layers of ``model`` by sparse ones, each in the format that measures fastest.
 
@@ -61,10 +70,18 @@ def convert(
             ``"auto"``); a layer that a forced format cannot hold raises ValueError, and one that it has no
             kernel for on this device runs as a dense product, with a warning.
         inplace: change ``model`` itself; otherwise a deep copy.
+        plan_seconds: what measuring may take. Layers that promise most go first, alike ones are measured once, and
+            earlier measurements are taken from the disk cache; what is left unmeasured stays dense and says so.
+        graph: capture the converted model's inference on ``example_inputs`` as a CUDA graph, for these shapes only.
 
     Returns: the model with sparse layers; :func:`sparsekit.explain` says what was chosen and why.
     Raises: ValueError or TypeError naming the layer on bad masks, before anything changes.
     """
+    budget = Budget(plan_seconds)
+    if graph and (training or example_inputs is None):
+        raise ValueError("Expected graph=True with example_inputs and without training, which it cannot capture")
+    if graph:
+        on_gpu(model, example_inputs)
     layers = prunable(model)
     impls = _impls(impl, layers)
     if masks is None:
@@ -85,22 +102,27 @@ def convert(
     if not inplace:
         model = _deepcopy(model)
         layers = prunable(model)
-    inputs = _record_inputs(model, [layers[name] for name in masks], example_inputs, training)
-    swaps = {}
+    inputs, seconds = _record_inputs(model, [layers[name] for name in masks], example_inputs, training)
+    plain = _rival(model, masks, training) if inputs and "auto" in impls.values() else None
+    planned, jobs, swaps = {}, [], {}
     for name, mask in masks.items():
-        module = layers[name]
-        x = inputs.get(id(module))
-        attention = isinstance(module, nn.MultiheadAttention)
-        path, layer = name.removesuffix("_weight").removesuffix(".weight"), module
-        if attention:
-            layer = in_projection(module)
-        sparse = _plan_layer(path if path != "weight" else "", layer, mask, x, training, impls[name])
-        sparse.joint = getattr(module, "joint", ".")
-        if not attention:
-            _copy_hooks(module, sparse)
-        swaps[id(module)] = sparse
+        module, x = layers[name], inputs.pop(id(layers[name]), None)
+        path = "" if name == "weight" else name.removesuffix("_weight").removesuffix(".weight")
+        layer = in_projection(module) if isinstance(module, nn.MultiheadAttention) else module
+        layer = layer.to_dense() if isinstance(layer, SparseModule) else layer
+        if impls[name] == "auto":
+            jobs.append(Job(path, layer, mask, _sparse_class(layer), x, training))
+        else:
+            planned[path] = _force(path, layer, mask, x, training, impls[name])
         if not mask.any():
             warnings.warn(f"{name}: no weight survives; the layer outputs its bias", stacklevel=2)
+    planned |= plan_layers(jobs, budget)
+    for name in masks:
+        module, sparse = layers[name], planned["" if name == "weight" else name[: -len(".weight")]]
+        sparse.joint = getattr(module, "joint", ".")
+        if not isinstance(module, nn.MultiheadAttention):
+            _copy_hooks(module, sparse)
+        swaps[id(module)] = sparse
     for attention in [m for m in model.modules() if type(m) is nn.MultiheadAttention]:
         parts = swaps.pop(id(attention), None), swaps.pop(id(attention.out_proj), None)
         if parts != (None, None):
@@ -108,7 +130,12 @@ def convert(
             _copy_hooks(attention, whole)
     model = _swap(model, swaps)
     block_fast_paths(model)
-    return model
+    plan = ModelPlan(work="forward + backward" if training else "forward")
+    if plain is not None and jobs:
+        key = "|".join([type(plain).__name__, *sorted(f"{job.name} {job.key}" for job in jobs)])
+        plan = check(plain, model, example_inputs, training, key, budget, seconds)
+    replace(plan, seconds=budget.spent, formats=formats_of(model)).keep(model)
+    return capture(model, example_inputs) if graph else model
 
 
 def _explain_refused(model: nn.Module, masks: Any, layers: Mapping[str, nn.Module]) -> None:
@@ -193,130 +220,50 @@ def _sparse_class(module: nn.Module) -> type[SparseModule]:
     return TransposedLinear if is_transposed(module) else _SPARSE[type(module)]
 
 
-def _plan_layer(
-    name: str, module: nn.Module, mask: Tensor, x: Tensor | None, training: bool, impl: str
-) -> SparseModule:
-    if isinstance(module, SparseModule):
-        module = module.to_dense()
-    sparse_class, share = _sparse_class(module), density({name: mask})
-    folded = sparse_class._fold(mask)
-    facts = {
-        "name": name,
-        "kind": type(module).__name__,
-        "shape": tuple(mask.shape),
-        "density": share,
-        "work": "forward + backward" if training else "forward",
-    }
-    groups = getattr(module, "groups", 1)
-    if impl != "auto":
-        if why := formats.get(impl).absent(weight_of(module).device, folded, groups):
-            warnings.warn(f"{name}: {why}, so {impl!r} runs as a dense product here", stacklevel=3)
-        sparse = sparse_class.from_dense(module, mask, impl, name)
-        sparse.plan = LayerPlan(**facts, chosen=impl, forced=True)
-        if training and (x is None or x.requires_grad):
-            sparse.derive()
-        if x is not None and x.device.type == "cuda":
-            with tuning.on():  # now, not in the first training step
-                _thunk(sparse, x, training)()
-        return sparse
-
-    assumed = x is None
-    if assumed:
-        x = _assumed_input(module)
-    rejected, candidates = {}, {}
-    for fmt in map(formats.get, formats.names()):
-        if reason := fmt.absent(x.device, folded, groups) or fmt.unsupported(folded, groups):
-            rejected[fmt.name] = reason
-            continue
-        candidates[fmt.name] = sparse_class.from_dense(module, mask, fmt.name, name)
-        if training and x.requires_grad:
-            candidates[fmt.name].derive()
-    limit = _held_bytes(candidates["dense"], training)
-    for other in [other for other in candidates if other != "dense"]:
-        if (ratio := _held_bytes(candidates[other], training) / limit) > 1:
-            rejected[other] = f"{ratio:.2f}x the memory of dense at density {share:.3g}"
-            del candidates[other]
-    thunks = {other: _thunk(candidate, x, training) for other, candidate in candidates.items()}
-    # Densities share times within a bucket; what the survivors were packed into must be the same.
-    packed = ",".join(f"{other}{list(c.values.shape[1:])}" for other, c in candidates.items())
-    geometry = candidates["dense"].extra_repr().partition(", format=")[0]
-    layout = "nhwc" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else "rows"
-    key = cache_key(
-        x.device, facts["kind"], geometry, tuple(x.shape), layout, x.dtype, module.weight.dtype,
-        x.requires_grad, torch.is_autocast_enabled(x.device.type), density_bucket(share), packed, facts["work"],
-    )  # fmt: skip
-    chosen, times = choose(thunks, key)
-    for other, us in times.items():
-        if other != chosen:
-            ratio = times["dense"] / us
-            rejected[other] = (
-                f"{us / times[chosen]:.2f}x the time of {chosen}"
-                if other == "dense"
-                else f"{us:.0f} us, {ratio:.2f}x dense at density {share:.3g}"
-            )
-    sparse = candidates[chosen]
-    sparse.plan = LayerPlan(
-        **facts, chosen=chosen, us=times[chosen], dense_us=times["dense"],
-        input_shape=tuple(x.shape), assumed=assumed, rejected=rejected,
-    )  # fmt: skip
+def _force(name: str, module: nn.Module, mask: Tensor, x: Tensor | None, training: bool, impl: str) -> SparseModule:
+    """A layer in the format that was asked for, whatever it costs."""
+    kind = _sparse_class(module)
+    if why := formats.get(impl).absent(weight_of(module).device, kind._fold(mask), getattr(module, "groups", 1)):
+        warnings.warn(f"{name}: {why}, so {impl!r} runs as a dense product here", stacklevel=3)
+    sparse = kind.from_dense(module, mask, impl, name)
+    work = "forward + backward" if training else "forward"
+    shape, share = tuple(mask.shape), density({name: mask})
+    sparse.plan = LayerPlan(name, type(module).__name__, shape, share, chosen=impl, work=work, forced=True)
+    if training and (x is None or x.requires_grad):
+        sparse.derive()
+    if x is not None and x.device.type == "cuda":
+        with tuning.on():  # now, not in the first training step
+            thunk(sparse, x, training)()
     return sparse
 
 
-def _held_bytes(sparse: SparseModule, training: bool) -> int:
-    """Bytes a layer holds: while it trains also the gradient and Adam's two moments of its values."""
-    values = sparse.values
-    return sparse.bytes() + (3 * values.numel() * values.element_size() if training else 0)
-
-
-def _thunk(module: nn.Module, x: Tensor, training: bool):
-    x = x.detach().requires_grad_(x.requires_grad)
-    wanted = [p for p in (x, *module.parameters()) if p.requires_grad] if training else []
-    if not wanted:
-
-        def forward():
-            with torch.no_grad():
-                return module(x)
-
-        return forward
-    with torch.no_grad():
-        dy = torch.ones_like(module(x))
-
-    def step():
-        with torch.enable_grad():
-            return torch.autograd.grad(module(x), wanted, dy)
-
-    return step
-
-
-def _assumed_input(module: nn.Module) -> Tensor:
-    weight = module.weight
-    if isinstance(module, nn.Linear) or is_transposed(module):
-        size = (_ASSUMED_BATCH, weight.shape[0 if is_transposed(module) else 1])
-    elif isinstance(module, nn.Conv1d):
-        batch, height, width = _ASSUMED_IMAGE
-        size = (batch, module.in_channels, max(height * width, module.dilation[0] * (module.kernel_size[0] - 1) + 1))
-    else:
-        batch, height, width = _ASSUMED_IMAGE
-        reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        size = (batch, module.in_channels, max(height, reach[0]), max(width, reach[1]))
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(size, generator=generator).to(weight.device, weight.dtype).requires_grad_()
+def _rival(model: nn.Module, masks: Mapping[str, Tensor], training: bool) -> nn.Module:
+    """The model as torch runs it, over the same tensors; for training, with dense layers that keep the masks."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    plain = to_dense(_deepcopy(model, shared), inplace=True)
+    if not training:
+        return plain
+    with warnings.catch_warnings(action="ignore"):  # the caller is warned of the same masks
+        return convert(plain, masks, training=True, impl="dense", inplace=True)
 
 
 def _record_inputs(
     model: nn.Module, targets: list[nn.Module], example_inputs: Any, training: bool
-) -> dict[int, Tensor]:
-    """Run the model once and keep each layer's first input, ``requires_grad`` as in a training step."""
+) -> tuple[dict[int, Tensor], float]:
+    """Run the model once: each layer's first input, ``requires_grad`` as in a training step, and the seconds."""
     if example_inputs is None or not targets:
-        return {}
+        return {}, 0.0
     seen: dict[int, Tensor] = {}
+    alike: dict[tuple, Tensor] = {}  # layers whose inputs are laid out alike share a copy: the time is the same
 
     def keep(module, args, kwargs):
         x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         for layer in (module, getattr(module, "out_proj", module)):  # attention calls its output projection by weight
             if x is not None and id(layer) not in seen:
-                x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(training and x.requires_grad)
-                seen[id(layer)] = x
+                form = (x.shape, x.stride(), x.dtype, x.device, wanted := training and x.requires_grad)
+                if form not in alike:
+                    alike[form] = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(wanted)
+                seen[id(layer)] = alike[form]
 
     flags = {module: module.training for module in model.modules()}
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
@@ -326,19 +273,17 @@ def _record_inputs(
     try:
         model.eval()  # keeps batch-norm statistics as they are
         with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training):
-            if isinstance(example_inputs, Mapping):
-                model(**example_inputs)
-            elif isinstance(example_inputs, tuple | list):
-                model(*example_inputs)
-            else:
-                model(example_inputs)
+            start = time.perf_counter()
+            call(model, example_inputs)
+            device.settle()
+            seconds = time.perf_counter() - start
     finally:
         torch.backends.mha.set_fastpath_enabled(shortcut)
         for handle in handles:
             handle.remove()
         for module, flag in flags.items():
             module.training = flag
-    return seen
+    return seen, seconds
 
 
 def _reject_tied(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
@@ -367,8 +312,8 @@ def _copy_hooks(source: nn.Module, target: nn.Module) -> None:
     target._is_full_backward_hook = source._is_full_backward_hook
 
 
-def _deepcopy(model: nn.Module) -> nn.Module:
-    memo = {}
+def _deepcopy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    memo = {} if memo is None else memo
     for module in model.modules():
         weight = module.__dict__.get("weight")
         if "weight_orig" in module._parameters and isinstance(weight, Tensor):
