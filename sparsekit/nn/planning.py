@@ -83,7 +83,8 @@ class Job:
         cast = str(torch.get_autocast_dtype(where)) if torch.is_autocast_enabled(where) else ""
         self.key = cache_key(
             x.device, type(self.module).__name__, self.module.extra_repr(), tuple(mask.shape), tuple(x.shape), layout,
-            x.dtype, weight_of(self.module).dtype, x.requires_grad, cast, density_bucket(self.density), blocks, self.work,
+            x.dtype, weight_of(self.module).dtype, x.requires_grad, cast, density_bucket(self.density), blocks,
+            self.work,
         )  # fmt: skip
 
     @property
