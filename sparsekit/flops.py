@@ -23,15 +23,25 @@ def positions(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     layers = prunable(model)
     counts = dict.fromkeys(layers, 0)
 
-    def counter(name: str):
-        def count(module: nn.Module, args: tuple, output: Tensor) -> None:
-            channels = module.out_features if hasattr(module, "out_features") else module.out_channels
-            counts[name] += output.numel() // max(1, channels)
+    def counter(names: list[str]):
+        def count(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if isinstance(module, nn.Conv1d | nn.Conv2d) or hasattr(module, "out_channels"):
+                rows = output.numel() // max(1, module.out_channels)
+            else:
+                x = args[0] if args else next(iter(kwargs.values()))
+                rows = x.numel() // max(1, x.shape[-1])
+            for name in names:
+                counts[name] += rows
 
         return count
 
+    watched: dict[nn.Module, list[str]] = {}
+    for name, module in layers.items():
+        watched.setdefault(module, []).append(name)
+    for module in [module for module in watched if isinstance(module, nn.MultiheadAttention)]:
+        watched[module] += watched.pop(module.out_proj, [])  # whose forward is never called
     flags = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_hook(counter(name)) for name, module in layers.items()]
+    handles = [m.register_forward_hook(counter(names), with_kwargs=True) for m, names in watched.items()]
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng():

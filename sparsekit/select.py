@@ -130,8 +130,8 @@ def select(
     rank, free, size = gather(parts), gather(lives), gather(sizes)
     keep = torch.ones_like(free)
     if remove > 0 and bool(free.any()):
-        rank = rank.masked_fill(~free, torch.inf)
-        keep[_lowest(rank, size, free, remove)] = False
+        index = free.nonzero().flatten()  # late steps rank the few that are left
+        keep[index[_lowest(rank[index], size[index], remove)]] = False
     masks, start = {}, 0
     for name, part in zip(pool, parts, strict=True):
         groups = keep[start : start + part.numel()].to(alive[name].device)
@@ -149,14 +149,14 @@ def _best(rank: Tensor, size: Tensor, live: Tensor, least: int) -> Tensor:
     return best
 
 
-def _lowest(rank: Tensor, size: Tensor, live: Tensor, remove: int) -> Tensor:
+def _lowest(rank: Tensor, size: Tensor, remove: int) -> Tensor:
     """Indices of the lowest-ranked groups whose sizes add up to ``remove``, or as near as they can."""
-    if bool((size[live] == 1).all()):
+    if bool((size == 1).all()):
         # A threshold needs no sort of the whole network; ties at it go by index.
-        threshold = rank.kthvalue(min(remove, int(live.sum()))).values
-        below, ties = (rank < threshold).nonzero().flatten(), ((rank == threshold) & live).nonzero().flatten()
+        threshold = rank.kthvalue(min(remove, rank.numel())).values
+        below, ties = (rank < threshold).nonzero().flatten(), (rank == threshold).nonzero().flatten()
         return torch.cat([below, ties[: remove - below.numel()]])
-    order = rank.argsort(stable=True)[: int(live.sum())]
+    order = rank.argsort(stable=True)
     removed = size[order].double().cumsum(0)
     count = int((removed <= remove).sum())
     if count < order.numel():

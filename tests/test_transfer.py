@@ -146,6 +146,23 @@ def test_positions_count_pixels_and_rows():
     assert flop_density({}, {}) == 1
 
 
+def test_positions_of_attention_and_conv1d():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(3, 8, 3, padding=1)
+            self.body = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x):
+            return self.body(self.conv(x).transpose(1, 2))
+
+    model = Net()
+    counts = positions(model, torch.randn(2, 3, 5))
+    assert set(counts.values()) == {10} and len(counts) == 5 and counts.keys() == sk.prunable(model).keys()
+    fast = sk.convert(model, sk.prune(model, 0.5, scope="layer"), impl="dense")
+    assert set(positions(fast, torch.randn(2, 3, 5)).values()) == {10}
+
+
 def test_a_search_says_both_densities():
     rows = run(rounds=1, rate={"*": 0.5, "0": 0.0}, example_inputs=X[:4])[1].summary["rounds"]
     assert rows[0]["flop_density"] == 1 and rows[1]["density"] < rows[1]["flop_density"] < 1
