@@ -119,7 +119,10 @@ def test_front_door():
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of packages that integrations import
 def test_all_names_exist(name):
+    if needed := {"integrations.lightning": "lightning", "integrations.huggingface": "huggingface_hub"}.get(name):
+        pytest.importorskip(needed)
     if "import triton" in MODULES[name].read_text() or name == "kernels.bsr.cuda":
         pytest.importorskip("triton")
     module = importlib.import_module(f"sparsekit.{name}")
