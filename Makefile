@@ -26,7 +26,7 @@ RUN := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: demo test lint bench bench-quick docs emulate offline gpu-test gpu-bench asan tsan nightly aarch64 existing clean
+.PHONY: demo test test-peers lint bench bench-quick docs emulate offline gpu-test gpu-bench asan tsan nightly aarch64 existing clean
 
 demo: $(READY)
 	$(RUN) -m sparsekit.demo --out runs/demo
@@ -34,6 +34,10 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) setup.py -q build_ext --inplace
 	$(RUN) -m pytest
+
+test-peers: $(READY)
+	$(RUN) setup.py -q build_ext --inplace
+	SPARSEKIT_PEERS=all $(RUN) -m pytest tests/test_peers.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .

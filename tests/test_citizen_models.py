@@ -90,6 +90,15 @@ def test_conv1d(fmt, name):
         sparse.load_state_dict({"weight": torch.zeros(8, 4)}, strict=False)
 
 
+def test_geometries_of_one_entry_are_for_all_axes():
+    dense = nn.Conv2d(3, 4, 3, stride=(2,), padding=(1,), dilation=(2,))
+    sparse = sk.SparseConv2d.from_dense(dense, torch.ones(4, 3, 3, 3) > 0)
+    x = torch.randn(2, 3, 9, 8)
+    same(sparse(input=x), dense(input=x))
+    with pytest.raises(ValueError, match=r"SparseConv2d: Expected 2 entries of a geometry, got \(1, 1, 1\)"):
+        sk.SparseConv2d(3, 4, 3, stride=(1, 1, 1))
+
+
 def test_conv1d_in_a_model():
     model = nn.Sequential(nn.Conv1d(3, 16, 5, padding=2), nn.ReLU(), nn.Conv1d(16, 4, 1))
     masks, x = sk.prune(model, 0.7), torch.randn(2, 3, 40)

@@ -34,7 +34,7 @@ def main():
     data = TensorDataset(torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y))
     train, test = random_split(data, [1500, len(data) - 1500])
     loaders = {"train_dataloaders": DataLoader(train, 60, shuffle=True), "val_dataloaders": DataLoader(test, 297)}
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     _, ledger = find(
         Digits(),
         lambda: lightning.Trainer(max_epochs=4, accelerator="cpu", **quiet),

@@ -76,13 +76,22 @@ class _SparseConv(SparseModule):
 
     def _plane(self, extents: tuple[int, ...], other: int) -> tuple[int, int]:
         """(height, width) of a geometry; ``other`` stands for an axis that the layer lacks."""
-        return (other,) * (2 - len(extents)) + tuple(extents)
+        own = self._each_axis(extents)
+        return (other,) * (2 - len(own)) + own
+
+    def _each_axis(self, extents: tuple[int, ...]) -> tuple[int, ...]:
+        """One entry per axis; torch takes one for all of them too."""
+        axes = len(self.kernel_size)
+        own = tuple(extents) * axes if len(extents) == 1 else tuple(extents)
+        if len(own) != axes:
+            raise ValueError(f"{type(self).__name__}: Expected {axes} entries of a geometry, got {tuple(extents)}")
+        return own
 
     def _sides(self, axis: int) -> tuple[int, int]:
         if self.padding == "same":
-            total = self.dilation[axis] * (self.kernel_size[axis] - 1)
+            total = self._each_axis(self.dilation)[axis] * (self.kernel_size[axis] - 1)
             return total // 2, total - total // 2
-        side = 0 if self.padding == "valid" else self.padding[axis]
+        side = 0 if self.padding == "valid" else self._each_axis(self.padding)[axis]
         return side, side
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -123,9 +132,9 @@ class SparseConv2d(_SparseConv):
 
     dense_class = nn.Conv2d
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``x [N, C, H, W]`` or ``[C, H, W]`` to ``[N, out, OH, OW]`` or ``[out, OH, OW]``."""
-        return self._traced(x) if isinstance(x, Proxy) else self._convolve(self._padded(x))
+        return self._traced(input) if isinstance(input, Proxy) else self._convolve(self._padded(input))
 
 
 class SparseConv1d(_SparseConv):
@@ -137,14 +146,14 @@ class SparseConv1d(_SparseConv):
 
     dense_class = nn.Conv1d
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``x [N, C, L]`` or ``[C, L]`` to ``[N, out, OL]`` or ``[out, OL]``."""
-        if isinstance(x, Proxy):
-            return self._traced(x)
-        if x.dim() not in (2, 3) or x.shape[-2] != self.in_channels:
+        if isinstance(input, Proxy):
+            return self._traced(input)
+        if input.dim() not in (2, 3) or input.shape[-2] != self.in_channels:
             name = self.layer_name or type(self).__name__
-            raise ValueError(f"{name}: Expected an input of shape [N, {self.in_channels}, L], got {list(x.shape)}")
-        return self._convolve(self._padded(x).unsqueeze(-2)).squeeze(-2)
+            raise ValueError(f"{name}: Expected an input of shape [N, {self.in_channels}, L], got {list(input.shape)}")
+        return self._convolve(self._padded(input).unsqueeze(-2)).squeeze(-2)
 
     @staticmethod
     def _fold(dense: Tensor) -> Tensor:

@@ -47,17 +47,17 @@ class SparseLinear(SparseModule):
         self._adopt(module, weight_of(module), mask, format)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]``."""
-        if isinstance(x, Proxy):
-            return self._traced(x)
+        if isinstance(input, Proxy):
+            return self._traced(input)
         own = self._parameters  # a plain dict: nn.Module's attribute lookup costs as much as the checks below
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         try:
-            return sparse_linear(x, values, self._index(x), self.shape, self.format, bias, self.activation)
+            return sparse_linear(input, values, self._index(input), self.shape, self.format, bias, self.activation)
         except (ValueError, RuntimeError) as error:
-            raise self._explain(error, x) from None
+            raise self._explain(error, input) from None
 
     def _empty_dense(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
