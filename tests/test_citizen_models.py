@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import sparsekit as sk
+from sparsekit.flops import positions
 from sparsekit.nn import SparseConv1d, SparseModule, SparseMultiheadAttention, dense_state
 
 FORMATS = ["dense", "compact", "csr", "bsr"]
@@ -243,7 +244,8 @@ def test_tickets_of_a_transformer():
     """Rounds keep the names of torch's parameters: late rewinding finds the optimizer state of both projections."""
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
     x, seen = torch.randn(4, 5, 16), []
-    for round_ in sk.tickets(model, rounds=2, rate=0.5, rewind="2it", impl="csr"):
+    search = sk.tickets(model, rounds=2, rate=0.5, rewind="2it", impl="csr", example_inputs=x)
+    for round_ in search:
         optimizer = torch.optim.AdamW(round_.model.parameters(), 1e-2, weight_decay=0.1)
         start = round_.begin(optimizer)
         if round_.number:
@@ -256,6 +258,13 @@ def test_tickets_of_a_transformer():
         seen.append((start, round_.density))
     assert [start for start, _ in seen] == [0, 2, 2]
     assert seen[-1][1] == pytest.approx(0.25, abs=0.01)
+    assert all(line["speedup"] > 0 for line in search.summary["rounds"])  # the ledger's masked rival runs too
+
+
+def test_work_of_attention_is_counted():
+    model, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(4, 5, 16)
+    fast = sk.convert(model, sk.prune(model, 0.5, scope="layer"), impl="csr")
+    assert positions(model, x) == positions(fast, x) == dict.fromkeys(sk.prunable(model), 20)
 
 
 # ---- what cannot be pruned says why -----------------------------------------------------------------
