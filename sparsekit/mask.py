@@ -15,10 +15,24 @@ Masks = dict[str, Tensor]
 
 def weight_of(module: nn.Module) -> Tensor:
     """The effective dense weight of a layer, read through ``torch.nn.utils.prune`` when it is applied."""
-    orig, mask = getattr(module, "weight_orig", None), getattr(module, "weight_mask", None)
+    leaf = leaf_name(module)
+    orig, mask = getattr(module, f"{leaf}_orig", None), getattr(module, f"{leaf}_mask", None)
     if orig is not None and mask is not None:
         return orig * mask.to(orig.dtype)
-    return module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+    return getattr(module, leaf)
+
+
+def leaf_name(module: nn.Module) -> str:
+    """What a module calls the weight that is pruned."""
+    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+
+
+def pruned_by_torch(module: nn.Module) -> Tensor | None:
+    """The bool mask of ``torch.nn.utils.prune``, or None where it is not applied."""
+    leaf = leaf_name(module)
+    if getattr(module, f"{leaf}_orig", None) is None or getattr(module, f"{leaf}_mask", None) is None:
+        return None
+    return getattr(module, f"{leaf}_mask") != 0
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -44,9 +58,8 @@ def mask_of(module: nn.Module) -> Tensor:
     """The mask a layer already carries: its own, the one of ``torch.nn.utils.prune``, or its zeros."""
     if hasattr(module, "survivors"):
         return module.survivors()
-    if getattr(module, "weight_orig", None) is not None and getattr(module, "weight_mask", None) is not None:
-        return module.weight_mask != 0
-    return weight_of(module).detach() != 0
+    mask = pruned_by_torch(module)
+    return mask if mask is not None else weight_of(module).detach() != 0
 
 
 def from_model(model: nn.Module, names: list[str]) -> Masks:

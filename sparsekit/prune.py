@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .criteria import CRITERIA, Facts, Layer, criterion, find
-from .mask import Masks, check_masks, is_transposed, weight_name, weight_of
+from .mask import Masks, check_masks, is_transposed, leaf_name, pruned_by_torch, weight_name, weight_of
 from .pattern import Pattern
 from .select import pools, select, shares, spread
 
@@ -60,6 +60,11 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Modu
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
+def _has_weight(module: nn.Module) -> bool:
+    leaf = leaf_name(module)
+    return module._parameters.get(leaf) is not None or pruned_by_torch(module) is not None
+
+
 def why_not(module: nn.Module) -> str | None:
     """Why the weight of a module cannot be pruned, ``""`` when it has none to prune, None when it can."""
     if hasattr(module, "survivors"):
@@ -69,7 +74,7 @@ def why_not(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "lazy; the first batch makes its weight"
     if isinstance(module, nn.MultiheadAttention):
-        if type(module) is not nn.MultiheadAttention or module._parameters.get("in_proj_weight") is None:
+        if type(module) is not nn.MultiheadAttention or not _has_weight(module):
             return "not a plain torch attention over one width"
         return "bias_k, bias_v or add_zero_attn" if module.bias_k is not None or module.add_zero_attn else None
     if isinstance(module, nn.Conv3d):
@@ -78,7 +83,7 @@ def why_not(module: nn.Module) -> str | None:
         return ""  # the output projection of an attention, which answers for it
     if type(module) not in _PLAIN and not is_transposed(module):
         return "not a plain torch layer" if isinstance(module, _PLAIN) else ""
-    if "weight" in module._parameters or {"weight_orig", "weight_mask"} <= {*module._parameters, *module._buffers}:
+    if _has_weight(module):
         return None
     if "weight_g" in module._parameters:
         return "under weight_norm; torch.nn.utils.remove_weight_norm folds it"
@@ -196,8 +201,8 @@ def _alive(module: nn.Module) -> Tensor:
     """Weights that an earlier pruning removed stay removed; plain zeros are ordinary small weights."""
     if hasattr(module, "survivors"):
         return module.survivors()
-    if getattr(module, "weight_mask", None) is not None:
-        return module.weight_mask != 0
+    if (mask := pruned_by_torch(module)) is not None:
+        return mask
     weight = weight_of(module)
     return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import sparsekit as sk
+from sparsekit.export import to_prune
 from sparsekit.flops import positions
 from sparsekit.nn import SparseConv1d, SparseModule, SparseMultiheadAttention, dense_state
 
@@ -173,6 +174,17 @@ def test_attention_with_one_projection_pruned():
         again = sk.convert(fast, sk.prune(fast, 0.6, scope="layer"), impl={"attend.in_proj": "csr"})
         assert list(sk.masks_of(again)) == list(masks)
         assert sk.to_dense(again).state_dict().keys() == model.state_dict().keys()
+
+
+def test_attention_through_torch_prune_and_back():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0))
+    x, masks = torch.randn(5, 3, 8), sk.prune(model, 0.5, scope="layer")
+    pruned = to_prune(sk.convert(model, masks, impl="csr"))
+    assert "0.self_attn.in_proj_weight_mask" in pruned.state_dict()
+    assert {name: mask.sum() for name, mask in sk.prune(pruned, 0.0).items()} == {n: m.sum() for n, m in masks.items()}
+    fast = sk.convert(pruned, impl="csr")
+    same(fast(x), masked(model, masks)(x))
+    round_trip(model, fast, masks)
 
 
 def test_attention_dropout_trains_and_rests():

@@ -52,5 +52,6 @@ def to_prune(model: nn.Module) -> nn.Module:
     """A dense copy of a converted model under ``torch.nn.utils.prune``; :func:`sparsekit.convert` takes it back."""
     masks, dense = masks_of(model), to_dense(model)
     for name, mask in masks.items():
-        prune.custom_from_mask(dense.get_submodule(name.rpartition(".")[0]), "weight", mask)
+        path, _, leaf = name.rpartition(".")
+        prune.custom_from_mask(dense.get_submodule(path), leaf, mask)
     return dense

@@ -118,7 +118,10 @@ class SparseMultiheadAttention(nn.Module):
 
 def in_projection(module: nn.MultiheadAttention) -> nn.Linear:
     """The projection of queries, keys and values as a linear layer over the same parameters."""
-    return _plain(module.in_proj_weight, module.in_proj_bias).train(module.training)
+    weight = module._parameters.get("in_proj_weight")
+    if weight is None:  # under torch.nn.utils.prune
+        weight = nn.Parameter(weight_of(module).detach(), requires_grad=module.in_proj_weight_orig.requires_grad)
+    return _plain(weight, module.in_proj_bias).train(module.training)
 
 
 def _plain(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

@@ -17,7 +17,7 @@ from .. import device
 from .. import format as formats
 from ..explanation import formats_of
 from ..kernels import tuning
-from ..mask import Masks, bias_name, check_masks, density, is_transposed, mask_of, weight_name, weight_of
+from ..mask import Masks, bias_name, check_masks, density, is_transposed, leaf_name, mask_of, weight_name, weight_of
 from ..plan import LayerPlan, ModelPlan
 from ..prune import prunable, why_not
 from .attention import (
@@ -315,8 +315,9 @@ def _copy_hooks(source: nn.Module, target: nn.Module) -> None:
 def _deepcopy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     memo = {} if memo is None else memo
     for module in model.modules():
-        weight = module.__dict__.get("weight")
-        if "weight_orig" in module._parameters and isinstance(weight, Tensor):
+        leaf = leaf_name(module)
+        weight = module.__dict__.get(leaf)
+        if f"{leaf}_orig" in module._parameters and isinstance(weight, Tensor):
             # torch.nn.utils.prune leaves a non-leaf here, which cannot be copied; forward makes it anew.
             memo[id(weight)] = weight.detach().clone()
     return copy.deepcopy(model, memo)
