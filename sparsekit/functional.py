@@ -15,6 +15,8 @@ from .kernels.reference import activate
 
 __all__ = ["sparse_conv2d", "sparse_linear", "transformed"]
 
+_active, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state  # asked in every call
+
 
 def transformed() -> bool:
     """Whether a transform is at work that knows torch's own operators only.
@@ -22,8 +24,7 @@ def transformed() -> bool:
     ``torch.func`` (vmap, grad, jvp, …), forward-mode differentiation and ``torch.jit.trace``: under them layers
     compute through their dense weight, exactly and at a dense layer's speed.
     """
-    active, tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
-    return active() or forward_ad._current_level >= 0 or tracing() is not None
+    return _active() or forward_ad._current_level >= 0 or _tracing() is not None
 
 
 def sparse_linear(
