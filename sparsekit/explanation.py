@@ -238,7 +238,8 @@ def explain(model: nn.Module) -> Explanation:
 
 def _bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of all parameters and buffers, and what they would be with dense weights and no masks."""
-    now = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    held = [t for t in (*model.parameters(), *model.buffers()) if not nn.parameter.is_lazy(t)]
+    now = sum(t.numel() * t.element_size() for t in held)
     dense = now
     for module in model.modules():
         if hasattr(module, "survivors"):

@@ -15,7 +15,7 @@ ROOT = Path(sparsekit.__file__).resolve().parents[1]
 FLOORS = [
     {"schemas", "_version"},
     {"_native", "_triton", "device"},
-    {"pattern", "mask", "transposable", "coding", "refill", "regroup"},
+    {"pattern", "mask", "transposable", "coding", "refill", "grouping"},
     {"criteria", "schedule", "select"},
     {"prune"},
     {"collapse", "flops", "overlap"},

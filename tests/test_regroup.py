@@ -10,9 +10,9 @@ from test_compaction import Net, close, nets, random_masks, same_state, sequenti
 from torch import nn
 
 import sparsekit as sk
+from sparsekit.grouping import panel_union, row_order
 from sparsekit.nn.rewiring import masked_copy
 from sparsekit.pattern import Pattern
-from sparsekit.regroup import panel_union, row_order
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
