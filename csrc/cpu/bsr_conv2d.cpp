@@ -11,7 +11,7 @@ Tensor forward(const Conv& c, const Blocks& w, const Tensor& x_tensor, const Ten
                const T* bias, Activation activation) {
   Tensor out = new_image(x_tensor, c.n, c.out, c.oh, c.ow);
   if (out.numel() == 0) return out;
-  Layout<T> layout(c);
+  Layout<T> layout = Layout<T>::rows(c);
   layout.batch.limit(layout.x.size() * int64_t(sizeof(T)));
   layout.x.allocate(Workspace::kX, layout.batch.groups);
   const auto strips = Strips<T>::for_product(layout.batch.lanes, c.oh, c.ow, layout.x.pitch);

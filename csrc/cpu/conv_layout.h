@@ -38,6 +38,7 @@ struct Layout {
   int64_t height_t, width_t;      // positions the transpose computes
 
   explicit Layout(const Conv& c) : Layout(c, Batch::of<T>(c)) {}
+  static Layout rows(const Conv& c) { return Layout(c, Batch::of_rows<T>(c)); }
 
   int64_t corner() const { return (first_a + top) * dy.pitch + first_b + left; }
 

@@ -15,6 +15,13 @@ struct Batch {
     const int64_t full = (c.n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     return {c.n, 10 * full <= 16 * c.n ? kLanes<T> : 1, 1};
   }
+  // For kernels that hardly mind lines which are not aligned: wide rows lose little between them, and a sample at a
+  // time spares the transposition of all.
+  template <class T>
+  static Batch of_rows(const Conv& c) {
+    const bool wide = 100 * c.ow >= 95 * (c.ow + c.reach_w()) && c.sw == 1 && c.oh * c.ow >= 512;
+    return wide ? Batch{c.n, 1, 1} : of<T>(c);
+  }
   void limit(int64_t bytes_per_group) {
     groups = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(bytes_per_group, 1), 1, (samples + lanes - 1) / lanes);
   }

@@ -50,38 +50,47 @@ struct CodeProduct {
   }
 };
 
+// Memory for x, and how its product is cut.
+template <class T>
+Strips<T> prepare(Layout<T>& layout, const Conv& c) {
+  layout.batch.limit(layout.x.size() * int64_t(sizeof(T)));
+  layout.x.allocate(Workspace::kX, layout.batch.groups);
+  return Strips<T>::for_product(layout.batch.lanes, c.oh, c.ow, layout.x.pitch);
+}
+
 template <class T>
 Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, const Lists& lists, const T* bias,
                const std::optional<Tensor>& key, Activation activation) {
   Tensor out = new_empty<int64_t>(x_tensor, {c.n, c.out, c.oh, c.ow});
   if (out.numel() == 0) return out;
-  Layout<T> layout(c);
-  layout.batch.limit(layout.x.size() * int64_t(sizeof(T)));
-  layout.x.allocate(Workspace::kX, layout.batch.groups);
-  const auto strips = Strips<T>::for_product(layout.batch.lanes, c.oh, c.ow, layout.x.pitch);
-  const Target<T> target{Sheet(out), {1, 1, 0, 0}, layout.batch.lanes};
   const Sheet x(x_tensor);
-  const auto each_block = [&](const auto& product) {
+  const auto run = [&](Layout<T>& layout, const auto& product) {
     layout.batch.each_block([&](int64_t first, int64_t groups) {
       fill_grid(layout.x, x, layout.batch, first, groups);
-      product.run(layout.batch, first, groups);
+      product(Target<T>{Sheet(out), {1, 1, 0, 0}, layout.batch.lanes}, layout.batch, first, groups);
     });
+    Workspace::mine().trim();
+    return out;
   };
   if constexpr (std::is_same_v<T, float>) {
-    const int64_t lines = (c.n + layout.batch.lanes - 1) / layout.batch.lanes * strips.count() * strips.strip_lines();
-    const bool wanted = key.has_value() && key->defined() && c.groups == 1 && x.storage == kNative;
-    if (const auto code = wanted ? ConvCode::find(*key, lists, column_offsets(c, layout.x), CodeProduct::stride(strips),
-                                                  lines) : nullptr) {
-      const double cost = 0.25 * double(lists.nnz) + 0.1 * double(lists.rows * kLanes<T>);
-      each_block(CodeProduct{*code, layout.x, strips, values_as<T>(values), bias, target, activation, cost});
-      Workspace::mine().trim();
-      return out;
+    if (key.has_value() && key->defined() && c.groups == 1 && x.storage == kNative) {
+      Layout<T> layout = Layout<T>::rows(c);
+      const Strips<T> strips = prepare(layout, c);
+      const int64_t lines = (c.n + layout.batch.lanes - 1) / layout.batch.lanes * strips.count() * strips.strip_lines();
+      if (const auto code = ConvCode::find(*key, lists, column_offsets(c, layout.x), CodeProduct::stride(strips), lines))
+        return run(layout, [&](const Target<T>& target, const Batch& batch, int64_t first, int64_t groups) {
+          const double cost = 0.25 * double(lists.nnz) + 0.1 * double(lists.rows * kLanes<T>);
+          CodeProduct{*code, layout.x, strips, values_as<T>(values), bias, target, activation, cost}.run(batch, first,
+                                                                                                       groups);
+        });
     }
   }
+  Layout<T> layout(c);
+  const Strips<T> strips = prepare(layout, c);
   const auto table = forward_table<T>(c, layout.x, lists, values_as<T>(values), strips.widest());
-  each_block(BlockProduct<T>{table, layout.x, strips, bias, target, activation});
-  Workspace::mine().trim();
-  return out;
+  return run(layout, [&](const Target<T>& target, const Batch& batch, int64_t first, int64_t groups) {
+    BlockProduct<T>{table, layout.x, strips, bias, target, activation}.run(batch, first, groups);
+  });
 }
 
 // dvalues (+)= the survivors [span) of the weight gradient of one block.
