@@ -146,9 +146,9 @@ struct CodeProduct {
 // Machine code for lists where a key is given and a batch of this size is faster by it, else null.
 template <class T>
 std::shared_ptr<const MachineCode> code_for(const std::optional<Tensor>& key, bool transposed, const Lists& lists,
-                                            int64_t features, int64_t samples) {
+                                            const int32_t* perm, int64_t features, int64_t samples) {
   if (!std::is_same_v<T, float> || samples < kCodeSamples || !key.has_value() || !key->defined()) return nullptr;
-  return MachineCode::find(*key, transposed, lists, features, samples);
+  return MachineCode::find(*key, transposed, lists, perm, features, samples);
 }
 
 // dvalues (+)= dyT x at the survivors [first, last).
@@ -248,7 +248,7 @@ Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists
   if (x.samples == 0 || lists.rows == 0) return out;
   const Matrix y(out);
   if constexpr (std::is_same_v<T, float>) {
-    if (const auto code = perm ? nullptr : code_for<T>(key, false, lists, x.features, x.samples)) {
+    if (const auto code = perm ? nullptr : code_for<T>(key, false, lists, nullptr, x.features, x.samples)) {
       multiply_by_code(x, *code, values_as<T>(values), epilogue, lists.nnz, y);
       Workspace::mine().trim();
       return out;
@@ -350,9 +350,10 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tens
     if (need.dbias) std::fill_n(dbias.data(), dy.features, T(0));
     return {dx, dvalues.finish(), dbias.finish()};
   }
-  const auto code = need.dx ? code_for<T>(key, true, t_lists, dy.features, samples) : nullptr;
+  const auto code = need.dx ? code_for<T>(key, true, t_lists, perm, dy.features, samples) : nullptr;
   std::optional<Permuted<T>> permuted;
-  if (need.dx) permuted.emplace(*values, perm, t_lists.nnz);
+  if (need.dx && !code) permuted.emplace(*values, perm, t_lists.nnz);
+  const T* in_place = code ? values_as<T>(*values) : nullptr;  // machine code knows the permutation
   std::optional<Matrix> dx_matrix;
   if (need.dx && x.features > 0) dx_matrix.emplace(dx);
 
@@ -382,7 +383,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tens
       if (dx_matrix) {
         if (!code) PanelProduct<T>{apart ? dx_panels : dy_panels, t_lists, permuted->data, {}, *dx_matrix}.run_part(parts, part);
         else if constexpr (std::is_same_v<T, float>)
-          CodeProduct{apart ? dx_panels : dy_panels, *code, permuted->data, {}, *dx_matrix}.run_part(parts, part);
+          CodeProduct{apart ? dx_panels : dy_panels, *code, in_place, {}, *dx_matrix}.run_part(parts, part);
       }
       if (need.dvalues)
         sddmm_span(dy_panels, x_panels, lists, cut(lists.nnz, parts, part, kLanes<T>), first > 0, dvalues.data());

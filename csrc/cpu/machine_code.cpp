@@ -84,7 +84,7 @@ int64_t blocks_of(int64_t rows) { return (rows + MachineCode::kBlockRows - 1) / 
 bool pays(const Lists& lists, bool transposed, int64_t features, int64_t samples) {
   const double places = double(blocks_of(lists.rows) * features), nnz = double(lists.nnz);
   const double loads = places * (1 - std::exp(-nnz / places));  // pairs of block and feature that meet, if at random
-  const double bytes = kSurvivorBytes * nnz + kLoadBytes * loads;
+  const double bytes = kSurvivorBytes * nnz + (transposed ? 2 : 1) * kLoadBytes * loads;
   const double fetch = kFetchByte * bytes * (transposed ? kTrainingFactor : 1);
   const double tiles = double((samples + MachineCode::kLanes - 1) / MachineCode::kLanes);
   return bytes <= double(kMostCode) && tiles * (kSaved * nnz - kLoad * loads) + kSavedFirst * nnz > fetch;
@@ -97,7 +97,7 @@ const std::string& MachineCode::available() {
   return reason;
 }
 
-MachineCode::MachineCode(const Lists& lists)
+MachineCode::MachineCode(const Lists& lists, const int32_t* perm)
     : rows_(lists.rows), nnz_(lists.nnz), blocks_(blocks_of(lists.rows)) {
   block_rows_ = (rows_ + blocks_ - 1) / blocks_;
   blocks_ = (rows_ + block_rows_ - 1) / block_rows_;
@@ -134,7 +134,7 @@ MachineCode::MachineCode(const Lists& lists)
       each([&](int32_t, int32_t, int64_t k) { ++start[k + 1], ++total; });
       for (int64_t k = 0; k < chunk; ++k) start[k + 1] += start[k];
       survivors.resize(size_t(total));
-      each([&](int32_t r, int32_t p, int64_t k) { survivors[start[k]++] = {r, p}; });
+      each([&](int32_t r, int32_t p, int64_t k) { survivors[start[k]++] = {r, perm ? perm[p] : p}; });
       from.assign(cursor.begin() + first, cursor.begin() + first + count);
       for (int64_t r = 0; r < count; ++r) {
         int32_t& p = cursor[first + r];
@@ -160,7 +160,20 @@ MachineCode::MachineCode(const Lists& lists)
         }
         const int x = int(kBlockRows + loaded++ % 4);
         write.load(x, kX, k - reach);
-        for (; done < start[k]; ++done) weights.multiply_add(survivors[done].row, x, survivors[done].value);
+        if (!perm) {
+          for (; done < start[k]; ++done) weights.multiply_add(survivors[done].row, x, survivors[done].value);
+          continue;
+        }
+        // Values in the order of the weight's rows: those of one feature are neighbours, and nobody else's.
+        const int32_t near = survivors[done].value;
+        const bool several = start[k] - done > 1;
+        if (several) write.point(kAnchors[0], near);
+        for (; done < start[k]; ++done) {
+          const int32_t value = survivors[done].value;
+          if (several && -128 <= value - near && value - near <= 127)
+            write.multiply_add(survivors[done].row, x, kAnchors[0], value - near);
+          else write.multiply_add(survivors[done].row, x, value);
+        }
       }
       for (int r = 0; r < count; ++r) write.store(r, kY, r);
       write.finish();
@@ -201,7 +214,7 @@ void MachineCode::run(Span blocks, int64_t tiles, const float* x, int64_t x_stri
 }
 
 std::shared_ptr<const MachineCode> MachineCode::find(const Tensor& key, bool transposed, const Lists& lists,
-                                                     int64_t features, int64_t samples) {
+                                                     const int32_t* perm, int64_t features, int64_t samples) {
   struct Entry {
     uint64_t key[2];
     bool transposed;
@@ -225,7 +238,9 @@ std::shared_ptr<const MachineCode> MachineCode::find(const Tensor& key, bool tra
     }
   if (refused) return nullptr;
   if (!ascend(lists)) return nullptr;
-  const std::shared_ptr<const MachineCode> code(new MachineCode(lists));
+  for (int64_t p = 0; perm && p < lists.nnz; ++p)
+    if (perm[p] < 0 || perm[p] >= lists.nnz) return nullptr;
+  const std::shared_ptr<const MachineCode> code(new MachineCode(lists, perm));
   if (code->pages_ == nullptr) {
     refused = true;
     return nullptr;

@@ -21,10 +21,10 @@ class MachineCode {
   static const std::string& available();
 
   // The code of the product of [samples, features] with lists, generated on first use; null where other kernels are
-  // the better choice or code cannot be had. key [2] names the mask's content: code is kept under it, and the least
-  // recently used goes when all of it exceeds 64 MiB.
+  // the better choice or code cannot be had. The value of survivor p is values[perm[p]], without perm values[p]. key
+  // [2] names the mask's content: code is kept under it, and the least recently used goes when all of it exceeds 64 MiB.
   static std::shared_ptr<const MachineCode> find(const Tensor& key, bool transposed, const Lists& lists,
-                                                 int64_t features, int64_t samples);
+                                                 const int32_t* perm, int64_t features, int64_t samples);
 
   ~MachineCode();
   MachineCode(const MachineCode&) = delete;
@@ -46,7 +46,7 @@ class MachineCode {
     int64_t first_feature;
   };
 
-  explicit MachineCode(const Lists& lists);
+  MachineCode(const Lists& lists, const int32_t* perm);
   Span extent(int64_t block, int64_t chunk) const;  // of a piece, in bytes; empty after the last chunk
   bool describes(const Lists& lists) const;
 
