@@ -18,7 +18,7 @@ namespace {
 // survivor (more in the first, as other kernels favour wide batches), which must make up for each activation loaded,
 // and then for fetching the code itself, once per call; from farther away when a training step ran in between.
 constexpr double kSaved = 0.3, kSavedFirst = 0.15, kLoad = 0.38, kFetchByte = 0.05, kTrainingFactor = 2.0;
-constexpr int64_t kMostCode = 4 << 20;
+constexpr int64_t kMostCode = 9 << 19;
 constexpr size_t kCacheBytes = size_t(64) << 20;
 
 constexpr int64_t kSurvivorBytes = 7, kLoadBytes = 7, kPieceBytes = 20 << 10;
