@@ -75,7 +75,7 @@ def draw(seed: int) -> Case:
     kind, format = r.choice(("linear", "linear", "conv")), r.choice(("csr", "csr", "bsr"))
     linear = kind == "linear"
     # A few large ones: only those are cut among threads, tiled, or worth machine code.
-    large = r.random() < (0.1 if linear else 0.05)
+    large = r.random() < (0.2 if linear else 0.05)
     groups = 1 if linear or format == "bsr" or r.random() < 0.6 else r.choice((2, 3))
     if linear:
         batch = r.choice((0, 1, 1, 2, 7, 8, 15, 16, 17, 33, 64, 65, r.randint(1, 200)))

@@ -384,3 +384,30 @@ def test_the_suites_are_benchmarks_of_pytest_too(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
     found = json.loads(out.read_text())["benchmarks"]
     assert len(found) == 2 and all(b["extra_info"]["ratio"] > 0 and b["extra_info"]["error"] < 1e-5 for b in found)
+
+
+def test_the_readme_is_made_of_rows(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(Path(bench.__file__).resolve().parents[2] / "benchmarks"))
+    import readme
+
+    found = results(x=1.0)
+    model = found["rows"].pop()
+    for case in bench.select("hero"):
+        row = dict(model, suite="hero", name=case.name, work=case.work, density=case.density, ratio=0.1 / case.density)
+        found["rows"] += [dict(row, threads=2), dict(row, threads=1, ratio=99.0)]
+    (tmp_path / "r.json").write_text(json.dumps(found))
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(
+        "a\n<!-- table -->\nold\n<!-- /table -->\n<!-- losses -->\n\n<!-- /losses -->\nz\n"
+    )
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["readme.py", str(tmp_path / "r.json"), "--threads", "2"])
+    readme.main()
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        "| Linear 1024 → 1024, batch 64 | **0.20** / **0.20** | **0.50** / **0.50** | 1.0 / 1.0 | 2.0 / 2.0 | 5.0 / 5.0 |"
+        in text
+    )
+    assert "old" not in text and text.count("hero linear-784x300-b60-d0.2-step") == 1 and text.endswith("z\n")
+    assert (tmp_path / "benchmarks/results/crossover.svg").read_text().startswith("<svg")
