@@ -55,8 +55,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     # Some loaders ask for a format; one entry alone, because safetensors writes several in any order.
     metadata = {"format": "pt"}
     if header is not None:
-        header = json.loads(json.dumps({**header, "version": VERSION}))  # as it will be read: 1 as "1" in a key
-        header.pop("sha256", None)
+        rest = {key: value for key, value in header.items() if key not in ("version", "sha256")}
+        header = json.loads(json.dumps({"version": VERSION, **rest}))  # as it will be read: 1 as "1" in a key
         metadata = {KIND: json.dumps({**header, "sha256": _hash(own, header)})}
     with _replacing(path) as temporary:
         try:
@@ -170,10 +170,14 @@ def pack_state(
 def weights_of(header: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """``{name: facts}`` of the masked weights in a header of any version; raises ValueError where it has none."""
     if "weights" not in header and isinstance(header.get("shapes"), dict):  # version 1
-        return {name: {"shape": shape, "coding": "bitmap"} for name, shape in header["shapes"].items()}
-    weights = header.get("weights")
+        weights = {name: {"shape": shape, "coding": "bitmap"} for name, shape in header["shapes"].items()}
+    else:
+        weights = header.get("weights")
     if not isinstance(weights, dict) or not all(isinstance(facts, dict) for facts in weights.values()):
         raise ValueError(f"Expected a header with the shapes of the masked weights, got {type(weights).__name__}")
+    for name, facts in weights.items():
+        if not _is_shape(facts.get("shape")):
+            raise ValueError(f"{name}: Expected mask bits and a shape, got {facts.get('shape')!r}")
     return weights
 
 
@@ -210,10 +214,7 @@ def _check_room(tensors: Mapping[str, Tensor], weights: Mapping[str, dict[str, A
     """A few bytes can claim any shape: what would unpack to far more than was packed is refused before it does."""
     dense = 0
     for name, facts in weights.items():
-        shape = facts.get("shape")
-        if not _is_shape(shape):
-            raise ValueError(f"{name}: Expected mask bits and a shape, got {shape!r}")
-        dense += math.prod(max(extent, 1) for extent in shape) * tensors[name].element_size()
+        dense += math.prod(max(extent, 1) for extent in facts["shape"]) * tensors[name].element_size()
     room = _ROOM_BYTES + _ROOM_FACTOR * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if dense > room:
         raise ValueError(f"Expected weights of at most {room} bytes in a file of this size, got {dense} bytes")

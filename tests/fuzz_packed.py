@@ -25,6 +25,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.export import describe, read_portable
+from sparsekit.export.inspect import render
 from sparsekit.files import _hash
 from sparsekit.nn import dense_state
 
@@ -127,7 +128,7 @@ def mutate_contents(path: Path, rng: random.Random, out: Path) -> None:
 def check(path: Path, model: nn.Module, good: dict | None) -> str:
     """Read a file every way there is; returns what came of it, raises where that is not allowed."""
     try:
-        describe(path)
+        render(describe(path))
         state, masks, _ = read_portable(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of formats that are none, and of dead layers

@@ -1,6 +1,7 @@
 """Files of finished tickets: the same bits through every format, and a sentence for every file that does not fit."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.export import export_file, read_portable, save_dense
+from sparsekit.__main__ import main
+from sparsekit.export import describe, export_file, read_portable, save_dense, save_prune, to_prune
 from sparsekit.files import read_tensors, write_tensors
 from sparsekit.nn import SparseModule, dense_state
 
@@ -109,6 +111,122 @@ def test_the_file_holds_survivors_and_bits_only(tmp_path):
     survivors = round(0.1 * weights)
     assert (tmp_path / "packed").stat().st_size <= 4 * survivors + weights // 8 + 4 * 512 + header
     assert (tmp_path / "packed").stat().st_size < 0.15 * (tmp_path / "dense").stat().st_size
+
+
+@pytest.mark.parametrize(("density", "share"), [(0.5, 0.55), (0.2, 0.24), (0.1, 0.125), (0.02, 0.03)])
+def test_a_file_is_as_small_as_its_density_and_a_few_bits(tmp_path, density, share):
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Linear(512, 512))
+    sk.save(sparse(model, sparsity=1 - density, scope="layer"), tmp_path / "t")
+    save_dense(model.state_dict(), tmp_path / "d")
+    assert (tmp_path / "t").stat().st_size < share * (tmp_path / "d").stat().st_size
+
+
+def test_the_formats_of_a_file_are_taken_without_measuring(tmp_path, monkeypatch):
+    model = net()
+    ticket = sk.convert(model, sk.prune(model, 0.8), impl={"0": "csr", "4": "dense", "5": "csr"})
+    sk.save(ticket, tmp_path / "t")
+    monkeypatch.setattr(sys.modules["sparsekit.nn.convert"], "choose", None)
+    got = sk.load(tmp_path / "t", net(seed=7), impl="saved")
+    assert [m.format.name for m in got.modules() if isinstance(m, SparseModule)] == ["csr", "dense", "csr"]
+    assert_equal(dense_state(got), dense_state(ticket))
+
+
+@pytest.mark.parametrize(
+    ("saved", "why"),
+    [
+        ("panel", r"'panel' cannot run it on cpu: "),
+        ("os.system", r"got 'os.system', which is no format of this version"),
+        (["csr"], r"got \['csr'\], which is no format"),
+        (None, "the file names none"),
+    ],
+)
+def test_a_format_that_cannot_run_here_is_planned_anew_and_said(tmp_path, saved, why):
+    sk.save(sparse(), tmp_path / "t")
+    tensors, header = read_tensors(tmp_path / "t")
+    header["weights"]["4.weight"]["format"] = saved
+    write_tensors(tmp_path / "t", tensors, header)
+    with pytest.warns(UserWarning, match=rf"4\.weight: Expected the format it was saved in, {why}.*planned anew"):
+        got = sk.load(tmp_path / "t", net(seed=7), impl="saved")
+    assert got[0].format.name == "csr" and not got[4].plan.forced
+    assert_equal(dense_state(got), dense_state(sparse()))
+
+
+def test_what_a_later_version_wrote_is_kept(tmp_path):
+    sk.save(sparse(), tmp_path / "t", recipe={"rounds": 3})
+    tensors, header = read_tensors(tmp_path / "t")
+    header["later"], header["weights"]["4.weight"]["scale"] = {"a": [1]}, 0.5
+    write_tensors(tmp_path / "t", tensors, header)
+    export_file(tmp_path / "t", "packed", tmp_path / "again")
+    assert (tmp_path / "t").read_bytes() == (tmp_path / "again").read_bytes()
+    assert_equal(dense_state(sk.load(tmp_path / "again", net(seed=7), impl="saved")), dense_state(sparse()))
+
+
+# As torch.nn.utils.prune has it
+
+
+def test_a_ticket_under_torch_prune_and_back():
+    ticket = sparse()
+    pruned = to_prune(ticket)
+    assert torch.nn.utils.prune.is_pruned(pruned)
+    assert {"0.weight_orig", "0.weight_mask"} <= pruned.state_dict().keys()
+    torch.testing.assert_close(pruned.eval()(X), ticket.eval()(X), rtol=1e-5, atol=1e-5)
+    assert_equal(dense_state(sk.convert(pruned, impl="csr")), dense_state(ticket))
+
+
+def test_a_file_of_torch_prune_s_keys_and_back(tmp_path):
+    ticket = sparse()
+    sk.save(ticket, tmp_path / "t")
+    export_file(tmp_path / "t", "prune", tmp_path / "p")
+    pruned = to_prune(sparse(net(seed=7), sparsity=0.3))
+    pruned.load_state_dict(load_file(tmp_path / "p"))
+    assert_equal(dense_state(sk.convert(pruned, impl="csr")), dense_state(ticket))
+    assert_equal(dense_state(sk.load(tmp_path / "p", net(seed=7), impl="csr")), dense_state(ticket))
+    got = read_portable(export_file(tmp_path / "p", "packed", tmp_path / "again"))
+    assert_equal(got[0], dense_state(ticket))
+    assert_equal(got[1], sk.masks_of(ticket))
+
+
+def test_weights_that_torch_prune_left_under_a_mask_are_zero(tmp_path):
+    mask = torch.tensor([[True, False]])
+    save_prune({"fc.weight": torch.ones(1, 2)}, {"fc.weight": mask}, tmp_path / "p")
+    assert read_portable(tmp_path / "p")[0]["fc.weight"].tolist() == [[1, 0]]
+    write_tensors(tmp_path / "q", {"fc.weight_orig": torch.ones(1, 2), "fc.weight_mask": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"q: fc\.weight: Expected a mask of shape \[1, 2\], got \[2\]"):
+        read_portable(tmp_path / "q")
+
+
+# What a file holds
+
+
+def test_info_names_every_weight_of_a_file(tmp_path, capsys):
+    model = net()
+    masks = sk.prune(model, 0.9, scope="layer") | {
+        "5.weight": torch.tensor([True, False, True, True, False])[:, None] * torch.ones(24, dtype=torch.bool)
+    }
+    sk.save(sk.convert(model, masks, impl="csr"), tmp_path / "t", recipe={"rounds": 3})
+    facts = describe(tmp_path / "t")
+    rows = {row["name"]: row for row in facts["tensors"]}
+    assert list(rows) == list(read_portable(tmp_path / "t")[0]) and facts["recipe"] == {"rounds": 3}
+    linear = rows["4.weight"]
+    assert (linear["shape"], linear["dtype"], linear["format"]) == ([24, 128], "float32", "csr")
+    assert (linear["pattern"], linear["coding"], linear["dense_bytes"]) == ("unstructured", "elias-fano", 4 * 24 * 128)
+    assert linear["density"] == pytest.approx(0.1, abs=1e-3) and 0.1 < linear["bytes"] / linear["dense_bytes"] < 0.12
+    assert rows["5.weight"]["pattern"] == "channel" and rows["5.weight"]["bytes"] == 3 * 24 * 4 + 1
+    assert facts["share"] == sum(r["bytes"] for r in facts["tensors"]) / sum(r["dense_bytes"] for r in facts["tensors"])
+    assert main(["info", str(tmp_path / "t")]) == 0
+    text = capsys.readouterr().out
+    assert "4.weight  24x128" in text and "elias-fano" in text and "sparsekit file, version 2" in text
+    assert main(["info", "--json", str(tmp_path / "t")]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(facts))
+
+
+def test_info_reads_plain_files_and_refuses_others(tmp_path, capsys):
+    save_dense(net().state_dict(), tmp_path / "d")
+    assert main(["info", str(tmp_path / "d")]) == 0
+    assert "plain safetensors" in capsys.readouterr().out
+    (tmp_path / "x").write_text("{}")
+    assert main(["info", str(tmp_path / "x")]) == 2
+    assert "x: Expected a whole safetensors file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def render(facts: dict[str, Any]) -> str:
     table = [head] + [
         (
             row["name"], "x".join(map(str, row["shape"])), row["dtype"], f"{row['density']:.3f}",
-            *(str(row[key] or "-") for key in ("pattern", "coding", "format", "bytes")),
+            str(row["pattern"] or "-"), str(row["coding"]), str(row["format"] or "-"), str(row["bytes"]),
             f"{row['bytes'] / max(row['dense_bytes'], 1):.3f}",
         )
         for row in facts["tensors"] if row["coding"]

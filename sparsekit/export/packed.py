@@ -42,7 +42,7 @@ def save_state(state: dict[str, Tensor], masks: Masks, path: str | Path, header:
     tensors, facts = pack_state(state, masks)
     facts["weights"] = {name: old.get(name, {}) | new for name, new in facts["weights"].items()}
     later = {key: value for key, value in header.items() if key not in _OURS}
-    write_tensors(Path(path), tensors, later | facts | {"recipe": header.get("recipe")})
+    write_tensors(Path(path), tensors, facts | {"recipe": header.get("recipe")} | later)
     return Path(path)
 
 
