@@ -132,7 +132,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(extent) for extent in text.split("x"))
+    try:
+        return tuple(int(extent) for extent in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"Expected a shape such as 3x32x32, got {text!r}") from None
 
 
 def _info(args: argparse.Namespace) -> None:
