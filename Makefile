@@ -4,6 +4,7 @@
 # make asan    the kernel tests under address and undefined-behaviour sanitizers
 # make tsan    threaded kernels under ThreadSanitizer;  make nightly  10000 random layers on every instruction set
 # make aarch64 cross-compile the CPU kernels, run the innermost in an emulator
+# make fuzz   ten thousand damaged files;  make test-peers  torch's own tests of linear and convolution, on ours
 # make emulate  every CUDA kernel on the CPU once more, for longer than make test does
 # make offline  compile every GPU kernel and read its machine code, no GPU needed (wants triton, nvcc for csrc/cuda)
 # make gpu-test PY=python3            the tests that need a GPU
@@ -26,14 +27,17 @@ RUN := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: demo test test-peers lint bench bench-quick docs emulate offline gpu-test gpu-bench asan tsan nightly aarch64 existing clean
+.PHONY: demo test test-peers lint bench bench-quick docs emulate fuzz offline gpu-test gpu-bench asan tsan nightly aarch64 existing clean
 
 demo: $(READY)
 	$(RUN) -m sparsekit.demo --out runs/demo
 
+# One process a core where pytest-xdist is there; the tests that want more threads ask for them.
+PARALLEL = $(shell $(RUN) -c "import xdist" 2>/dev/null && echo -n auto --maxprocesses 8)
+
 test: $(READY)
 	$(RUN) setup.py -q build_ext --inplace
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PARALLEL)
 
 test-peers: $(READY)
 	$(RUN) setup.py -q build_ext --inplace
@@ -53,6 +57,9 @@ docs: $(READY)
 
 emulate: $(READY)
 	$(RUN) tests/emulated.py long
+
+fuzz: $(READY)
+	$(RUN) tests/fuzz_packed.py 10000
 
 offline: $(READY)
 	$(RUN) benchmarks/offline.py $(ARGS)
