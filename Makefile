@@ -33,7 +33,7 @@ demo: $(READY)
 	$(RUN) -m sparsekit.demo --out runs/demo
 
 # One process a core where pytest-xdist is there; the tests that want more threads ask for them.
-PARALLEL = $(shell $(RUN) -c "import xdist" 2>/dev/null && echo -n auto --maxprocesses 8)
+PARALLEL = $(shell $(RUN) -c "import xdist" 2>/dev/null && printf %s "-n auto --maxprocesses 8")
 
 test: $(READY)
 	$(RUN) setup.py -q build_ext --inplace
