@@ -399,7 +399,7 @@ def test_the_readme_is_made_of_rows(tmp_path, monkeypatch, capsys):
     (tmp_path / "r.json").write_text(json.dumps(found))
     (tmp_path / "benchmarks/results").mkdir(parents=True)
     (tmp_path / "README.md").write_text(
-        "a\n<!-- table -->\nold\n<!-- /table -->\n<!-- losses -->\n\n<!-- /losses -->\nz\n"
+        "a\n<!-- table -->\nbefore\n<!-- /table -->\n<!-- losses -->\n\n<!-- /losses -->\nz\n"
     )
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["readme.py", str(tmp_path / "r.json"), "--threads", "2"])
@@ -409,5 +409,5 @@ def test_the_readme_is_made_of_rows(tmp_path, monkeypatch, capsys):
         "| Linear 1024 → 1024, batch 64 | **0.20** / **0.20** | **0.50** / **0.50** | 1.0 / 1.0 | 2.0 / 2.0 | 5.0 / 5.0 |"
         in text
     )
-    assert "old" not in text and text.count("hero linear-784x300-b60-d0.2-step") == 1 and text.endswith("z\n")
+    assert "before" not in text and text.count("hero linear-784x300-b60-d0.2-step") == 1 and text.endswith("z\n")
     assert (tmp_path / "benchmarks/results/crossover.svg").read_text().startswith("<svg")
