@@ -1,4 +1,4 @@
-"""The command line: ``sparsekit info | ticket | report | export | bench``."""
+"""The command line: ``sparsekit info | ticket | report | plan | export | bench``."""
 
 from __future__ import annotations
 
@@ -125,6 +125,20 @@ def _parser() -> argparse.ArgumentParser:
 
     from .bench.command import add_options
 
+    plan = commands.add_parser("plan", help="how a pruned model would run here, layer by layer, and why")
+    plan.add_argument("source", metavar="MODEL.pt2|RUN|module.path:factory")
+    plan.add_argument("--input", required=True, help="shape of the input with its batch, 64x3x32x32")
+    plan.add_argument("--training", action="store_true", help="forward + backward (default: forward)")
+    plan.add_argument("--sparsity", type=float, help="prune by magnitude first (default: the masks or zeros it has)")
+    plan.add_argument("--pattern", default="unstructured", help="for --sparsity")
+    plan.add_argument("--plan-seconds", type=float, default=10.0, help="what measuring may take (default 10)")
+    plan.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    plan.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    plan.add_argument("--json", type=Path, help="also write layers and totals to this file")
+    plan.add_argument("--markdown", type=Path, help="also write the table to this file")
+    plan.add_argument("--chart", type=Path, help="also draw a bar chart to this file")
+    plan.set_defaults(run=_plan)
+
     bench = commands.add_parser("bench", help="time sparse layers against dense ones, here")
     add_options(bench)
     bench.set_defaults(run=_bench)
@@ -195,6 +209,12 @@ def _export(args: argparse.Namespace) -> None:
     from .export import export_file
 
     print(export_file(args.source, args.to, args.out, args.round, args.model, args.input_shape, args.batch))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from .planner import plan
+
+    plan(args)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ FLOORS = [
     {"ticket"},
     {"export", "reproduce"},
     {"integrations"},
-    {"bench", "info"},
+    {"planner", "bench", "info"},
     {"__main__"},
     {"demo"},
 ]

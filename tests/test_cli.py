@@ -46,7 +46,7 @@ def run(tmp_path_factory):
 
 def test_help_names_the_commands():
     done = subprocess.run([sys.executable, "-m", "sparsekit", "--help"], capture_output=True, text=True, check=True)
-    for command in ("info", "ticket", "stability", "report", "export", "bench"):
+    for command in ("info", "ticket", "stability", "reproduce", "report", "plan", "export", "bench"):
         assert command in done.stdout
 
 
