@@ -23,8 +23,9 @@ import sparsekit as sk
 from sparsekit import data, models
 from sparsekit.bench import environment
 from sparsekit.export import read_portable
-from sparsekit.grouping import panel_union, row_order
+from sparsekit.panels import panel_union, row_order
 from sparsekit.nn import SparseModule
+from sparsekit.panels import panel_union, row_order
 from sparsekit.plan import measure
 from sparsekit.ticket.store import round_path
 from sparsekit.ticket.train import Training, fit

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..grouping import panel_union, row_order
 from ..mask import Masks
+from ..panels import panel_union, row_order
 from .convert import to_dense
 from .rewiring import masked_copy, prefixes, replace, rewired
 from .units import Layer, Units
@@ -99,7 +99,7 @@ def regroup(
 
     The order of a layer's outputs is folded into whatever reads them (the next layer's columns, batch norms, the
     other layers of a residual sum). Outputs of the model, and units that ``torch.fx`` does not see through, keep
-    their order, and so does a layer that greedy clustering (:func:`sparsekit.grouping.row_order`) does not help.
+    their order, and so does a layer that greedy clustering (:func:`sparsekit.panels.row_order`) does not help.
 
     Args: ``masks`` and ``example_inputs`` as in :func:`sparsekit.compact`; ``rows`` is 8 or 16, the height of the
     panels or vectors to come. Raises: ValueError or TypeError naming the layer on bad arguments.
