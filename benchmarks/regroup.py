@@ -23,7 +23,6 @@ import sparsekit as sk
 from sparsekit import data, models
 from sparsekit.bench import environment
 from sparsekit.export import read_portable
-from sparsekit.panels import panel_union, row_order
 from sparsekit.nn import SparseModule
 from sparsekit.panels import panel_union, row_order
 from sparsekit.plan import measure

@@ -28,7 +28,7 @@ FLOORS = [
     {"ticket"},
     {"export", "reproduce"},
     {"integrations"},
-    {"bench", "info"},
+    {"bench", "info", "planner"},
     {"__main__"},
     {"demo"},
 ]

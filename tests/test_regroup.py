@@ -10,7 +10,6 @@ from test_compaction import Net, close, nets, random_masks, same_state, sequenti
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.panels import panel_union, row_order
 from sparsekit.nn.rewiring import masked_copy
 from sparsekit.panels import panel_union, row_order
 from sparsekit.pattern import Pattern
