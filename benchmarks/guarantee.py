@@ -7,8 +7,9 @@ pattern and sparsity, a batch, and inference or a training step. It passes when 
 of the dense model's time (median of interleaved rounds; a case that fails is measured once more, longer) and its
 parameters and indices at most 1.02 of the dense bytes. Dense inference is the model as torch runs it; a dense training
 step is that of a model which keeps its pruned weights at zero, by masking weight and gradient, as a ticket search
-must. Bytes compare with dense weights and their masks; ``plain`` beside it with dense weights alone. Each case depends
-on its number only: a run that was stopped goes on where it was, and ``--first`` splits one among machines.
+must. Bytes compare with dense weights and their masks (of a step: with gradients and Adam's moments on both sides);
+``plain`` beside it compares parameters and indices with dense weights alone. Each case depends on its number only: a
+run that was stopped goes on where it was, and ``--first`` splits one among machines.
 """
 
 from __future__ import annotations
@@ -115,8 +116,10 @@ def run_case(number: int, plan_seconds: float) -> dict:
         if ratio <= TIME:
             break
     found = sk.explain(fast)
+    state = 3 if training else 0  # gradient and moments of every parameter
+    held = [sum(p.numel() * p.element_size() for p in net.parameters()) * state for net in (fast, model)]
     with_masks = found.dense_bytes + sum(mask.numel() for mask in masks.values() if not bool(mask.all()))
-    share = found.bytes / with_masks
+    share = (found.bytes + held[0]) / (with_masks + held[1])
     formats = {layer.name: layer.chosen for layer in found.layers}
     return {
         "case": number, **facts, "dense_us": times["dense"], "us": times["converted"], "time": ratio, "bytes": share,

@@ -103,7 +103,7 @@ def main() -> None:
           f"{args.threads} threads")  # fmt: skip
     for name, row in rows.items():
         print(f"{name:12} inference {row['forward']:.1f}x, step {row['step']:.1f}x of dense, "
-              f"{row['masked_step']:.1f}x of masked dense")  # fmt: skip
+              f"{row['masked_step']:.1f}x of masked dense; {row['formats']}")  # fmt: skip
     if args.out:
         facts = {"environment": environment(), "threads": args.threads, "density": density, "accuracy": accuracy}
         args.out.write_text(json.dumps(facts | {"rows": rows}, indent=1))
