@@ -17,6 +17,8 @@ pytest.importorskip("expecttest")  # of torch's own test helpers
 with_samples = pytest.importorskip("torch.testing._internal.common_methods_invocations")
 common_nn = pytest.importorskip("torch.testing._internal.common_nn")
 common_modules = pytest.importorskip("torch.testing._internal.common_modules")
+# Importing them forbids torch's global switches for the rest of the process, other tests included.
+setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # noqa: B010 - a name that a class would mangle
 
 ALL = os.environ.get("SPARSEKIT_PEERS") == "all"
 FORMATS = ["dense", "compact", "csr", "bsr", "panel"] if ALL else ["dense", "csr"]
