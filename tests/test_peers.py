@@ -18,7 +18,7 @@ with_samples = pytest.importorskip("torch.testing._internal.common_methods_invoc
 common_nn = pytest.importorskip("torch.testing._internal.common_nn")
 common_modules = pytest.importorskip("torch.testing._internal.common_modules")
 # Importing them forbids torch's global switches for the rest of the process, other tests included.
-setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # noqa: B010 - a name that a class would mangle
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 ALL = os.environ.get("SPARSEKIT_PEERS") == "all"
 FORMATS = ["dense", "compact", "csr", "bsr", "panel"] if ALL else ["dense", "csr"]

@@ -107,7 +107,8 @@ class _SparseConv(SparseModule):
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         try:
-            plain = self.format.name == "dense" and self.activation == "none" and not torch.is_grad_enabled()
+            plain = not (torch.is_grad_enabled() or torch.jit.is_tracing())
+            plain = plain and self.format.name == "dense" and self.activation == "none"
             if plain and x.dim() == 4 and x.shape[1] == self.in_channels:  # nothing of ours is left to pay for
                 with contextlib.suppress(RuntimeError):  # what is wrong with the input is said in our words below
                     return F.conv2d(x, values, bias, *self._conv)

@@ -57,7 +57,8 @@ class SparseLinear(SparseModule):
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         try:
-            plain = self.format.name == "dense" and self.activation == "none" and not torch.is_grad_enabled()
+            plain = not (torch.is_grad_enabled() or torch.jit.is_tracing())
+            plain = plain and self.format.name == "dense" and self.activation == "none"
             if plain and input.shape[-1:] == (self.in_features,):  # nothing of ours is left to pay for
                 return F.linear(input, values, bias)
             return sparse_linear(input, values, self._index(input), self.shape, self.format, bias, self.activation)
