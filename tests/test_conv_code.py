@@ -77,11 +77,24 @@ def test_results_do_not_depend_on_the_number_of_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append([conv(randn(n, 64, 30, 30), *make((100, 64, 3, 3)), padding=1) for n in (1, 2, 16)])
+            found = [conv(randn(n, 64, 30, 30), *make((100, 64, 3, 3)), bias=randn(100), padding=1) for n in (1, 2, 16)]
+            results.append([*found, conv(randn(1, 256, 28, 28), *make((256, 256, 1, 1), 0.1), bias=randn(256))])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_each_share_of_the_outputs_adds_its_own_bias(threads):
+    before, shape = torch.get_num_threads(), (1000, 64, 1, 1)
+    x, (weight, mask, index), bias = randn(1, 64, 28, 28), make(shape, 0.2), randn(1000)
+    try:
+        torch.set_num_threads(threads)
+        got = conv(x, weight, mask, index, bias)
+    finally:
+        torch.set_num_threads(before)
+    check(got, F.conv2d(x.double(), weight.double(), bias.double()))
 
 
 def test_new_values_need_no_new_code():

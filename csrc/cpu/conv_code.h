@@ -29,7 +29,7 @@ class ConvCode {
   int64_t row(int64_t block) const { return std::min(rows_, block * block_rows_); }
 
   // y[row - row(blocks.begin)][line * 16 ...] of the rows of some blocks, for lines at starts[line] of x:
-  // bias (may be null) plus the products.
+  // bias (of all rows, or null) plus the products.
   void run(Span blocks, const float* x, const int32_t* starts, int64_t lines, const float* values, const float* bias,
            float* y) const;
 

@@ -43,7 +43,7 @@ struct CodeProduct {
     });
     for (int64_t b = all.begin; b < all.end; b += step) {
       const Span blocks{b, std::min(all.end, b + step)}, rows{code.row(blocks.begin), code.row(blocks.end)};
-      code.run(blocks, grid.at(group, 0, 0, 0), starts.data(), lines, values, bias ? bias + rows.begin : nullptr, tile);
+      code.run(blocks, grid.at(group, 0, 0, 0), starts.data(), lines, values, bias, tile);
       activate_rows(tile, rows.end - rows.begin, pitch, lines, activation);
       target.store(tile, pitch, rows, piece);
     }
