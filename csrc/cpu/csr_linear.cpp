@@ -107,6 +107,10 @@ struct PanelProduct {
   }
 };
 
+// Survivors up to which threads take samples of their own and all weights: a thread's second cache holds about as many.
+// More are shared out among the threads, or each would fetch them all.
+constexpr int64_t kOwnSurvivors = 300'000;
+
 // The same by machine code, whose panels are one line wide.
 struct CodeProduct {
   static constexpr int64_t kBlocks = 4;            // blocks of rows whose results are unpacked together
@@ -120,7 +124,7 @@ struct CodeProduct {
 
   void run_part(int64_t parts, int64_t part) const {
     constexpr int64_t L = Panels<float>::L;
-    const bool even = panels.even(parts);
+    const bool even = panels.even(parts) && code.survivors() <= kOwnSurvivors;
     const Span blocks = even ? Span{0, code.blocks()} : code.share(parts, part);
     const Span own = even ? cut(panels.count, parts, part) : Span{0, panels.count};
     const int64_t panel = L * panels.features;
@@ -263,7 +267,8 @@ Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists
     return out;
   }
   const int64_t threads = parts_for(pack_cost(x.samples, x.features) + product_cost(lists.nnz, x.samples));
-  const int64_t lines = Panels<T>::lines_for(x.samples, threads), step = samples_at_once<T>(x.features, lines);
+  const int64_t owners = lists.nnz <= kOwnSurvivors ? threads : 1;
+  const int64_t lines = Panels<T>::lines_for(x.samples, owners), step = samples_at_once<T>(x.features, lines);
   for (int64_t first = 0; first < x.samples; first += step) {
     const int64_t count = std::min(step, x.samples - first);
     const Panels<T> panels(Workspace::kX, x.features, first, count, lines);
@@ -363,7 +368,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tens
     return parts_for(products * product_cost(lists.nnz, count) + 0.05 * double(dy.features * count) +
                      pack_cost(count, dy.features + (need.dvalues ? x.features : 0)));
   };
-  const int64_t dx_lines = code ? 1 : Panels<T>::lines_for(samples, parts_of(samples));
+  const int64_t owners = lists.nnz <= kOwnSurvivors ? parts_of(samples) : 1;
+  const int64_t dx_lines = code ? 1 : Panels<T>::lines_for(samples, owners);
   const bool apart = need.dx && dx_lines != lines, wide = !apart || need.dvalues || need.dbias;
   const int64_t step = samples_at_once<T>(std::max(x.features, dy.features), lines);
   for (int64_t first = 0; first < samples; first += step) {

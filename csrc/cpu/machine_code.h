@@ -30,6 +30,7 @@ class MachineCode {
   MachineCode(const MachineCode&) = delete;
   MachineCode& operator=(const MachineCode&) = delete;
 
+  int64_t survivors() const { return nnz_; }
   int64_t blocks() const { return blocks_; }
   int64_t row(int64_t block) const { return std::min(rows_, block * block_rows_); }
   // Blocks of about an equal share of the code, and so of the work.

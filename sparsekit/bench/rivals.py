@@ -213,7 +213,7 @@ RIVALS: tuple[Rival, ...] = (
     Rival("torch.sparse csr", "torch.sparse.mm(W_csr, x.t()).t() + b: faster than F.linear", _torch_csr, "quick"),
     Rival("torch.sparse bsr", "F.linear(x, W_bsr) + b", _torch_bsr),
     Rival("scipy csr", "csr_array @ x.T, one thread whatever is asked", _scipy, needs="scipy"),
-    Rival("onnxruntime", "dense graph of one node, CPU provider, as many threads, which do not spin", _onnxruntime, needs="onnxruntime"),
+    Rival("onnxruntime", "dense graph of one node, as many threads, not spinning", _onnxruntime, needs="onnxruntime"),
     Rival("openvino", "CPU, latency hint, f32, sparse weights decompressed from 0.7", _openvino, needs="openvino"),
     Rival("deepsparse", "Engine(num_cores=threads)", _deepsparse, needs="deepsparse"),
     Rival("2:4 cuSPARSELt", "GPU only", _on_a_gpu, "full"),
