@@ -47,8 +47,7 @@ def table(results: dict, threads: int) -> str:
     lines.append(
         f"\n{facts['cpu']} ({facts['device']}), {threads} threads, torch {facts['torch']}, unstructured masks, `csr` "
         f"forced, commit {facts['commit']}: medians of interleaved runs against the better of contiguous and "
-        "channels_last. **Bold: sparse loses**; there `convert` keeps the layer dense. torch's fp32 matrix product "
-        "reaches about a third of this CPU's peak, so expect smaller ratios where it does better."
+        "channels_last. **Bold: sparse loses**; there `convert` keeps the layer dense."
     )
     return "\n".join(lines)
 
