@@ -5,7 +5,7 @@
 #include "cpu/bsr_linear.h"
 #include "cpu/csr_conv2d.h"
 #include "cpu/csr_linear.h"
-#include "cpu/machine_code.h"
+#include "cpu/code_pages.h"
 #include "sparsekit_schemas.h"
 
 namespace sparsekit {
@@ -16,7 +16,7 @@ std::string build_info() {
   return "{\"version\": " + quote + SPARSEKIT_VERSION + "\", \"schemas\": " + quote + SPARSEKIT_SCHEMA_HASH +
          "\", \"compiler\": " + quote + SPARSEKIT_COMPILER + "\", \"isa\": " + compiled_isas() +
          ", \"active_isa\": " + quote + active_isa().name + "\", \"machine_code\": " + quote +
-         MachineCode::available() + "\", \"cuda\": " +
+         code_available() + "\", \"cuda\": " +
 #if defined(SPARSEKIT_CUDA)
          "true}";
 #else

@@ -1,9 +1,7 @@
 // Machine code for the mask of a convolution: as machine_code.h does for a linear layer, with the place of every
 // operand in the padded planes compiled in. Code serves one mask and one geometry of planes, whatever the values.
 #pragma once
-#include <memory>
-#include <vector>
-
+#include "code_pages.h"
 #include "conv_table.h"
 
 namespace sparsekit {
@@ -14,15 +12,11 @@ class ConvCode {
 
   // The code of the product of a table of one tile with planes of at most `reach` floats, whose results lie `stride`
   // floats apart, generated on first use; null where it would not pay for `lines` lines of 16 results per channel or
-  // code cannot be had. key [2] names the mask's content; the least recently used code goes when all of it exceeds
-  // 64 MiB.
+  // code cannot be had. key [2] names the mask's content.
   static std::shared_ptr<const ConvCode> find(const Tensor& key, const Lists& lists, const std::vector<int32_t>& of_column,
                                               int64_t stride, int64_t lines);
 
-  ~ConvCode();
-  ConvCode(const ConvCode&) = delete;
-  ConvCode& operator=(const ConvCode&) = delete;
-
+  const CodePages& pages() const { return *pages_; }
   // Cuts of the rows that fall between blocks of equal code.
   Span share(int64_t parts, int64_t part) const;
   int64_t blocks() const { return blocks_; }
@@ -35,15 +29,14 @@ class ConvCode {
 
  private:
   ConvCode(const Lists& lists, const std::vector<int32_t>& of_column, int64_t stride);
-  bool describes(const Lists& lists, const std::vector<int32_t>& of_column, int64_t stride) const;
   Span extent(int64_t piece) const;
 
-  int64_t rows_, nnz_, stride_, blocks_, block_rows_, chunks_ = 0;
-  std::vector<int32_t> outline_;    // of the mask, to notice a key that belongs to another
+  int64_t rows_, nnz_, stride_;
+  Outline outline_;                 // of the mask, to notice a key that belongs to another
   std::vector<int32_t> of_column_;  // where in the planes a column of the weight reads
-  std::vector<size_t> pieces_;      // [block][chunk], where its code begins
-  void* pages_ = nullptr;
-  size_t bytes_ = 0;
+  int64_t blocks_, block_rows_, chunks_ = 0;
+  std::vector<size_t> pieces_;  // [block][chunk], where its code begins
+  std::optional<CodePages> pages_;
 };
 
 }  // namespace sparsekit

@@ -4,11 +4,7 @@
 // activation is loaded once per block, and each survivor is one multiply-add that broadcasts its weight from
 // memory. Only positions are compiled in, so code serves all values that a mask ever holds.
 #pragma once
-#include <memory>
-#include <string>
-#include <vector>
-
-#include "tensors.h"
+#include "code_pages.h"
 
 namespace sparsekit {
 
@@ -17,19 +13,13 @@ class MachineCode {
   static constexpr int64_t kLanes = 16;      // samples per tile: one zmm register
   static constexpr int64_t kBlockRows = 28;  // outputs in registers; four more hold activations
 
-  // "yes", or why no code is generated in this process.
-  static const std::string& available();
-
   // The code of the product of [samples, features] with lists, generated on first use; null where other kernels are
   // the better choice or code cannot be had. The value of survivor p is values[perm[p]], without perm values[p]. key
-  // [2] names the mask's content: code is kept under it, and the least recently used goes when all of it exceeds 64 MiB.
+  // [2] names the mask's content: code is kept under it.
   static std::shared_ptr<const MachineCode> find(const Tensor& key, bool transposed, const Lists& lists,
                                                  const int32_t* perm, int64_t features, int64_t samples);
 
-  ~MachineCode();
-  MachineCode(const MachineCode&) = delete;
-  MachineCode& operator=(const MachineCode&) = delete;
-
+  const CodePages& pages() const { return *pages_; }
   int64_t survivors() const { return nnz_; }
   int64_t blocks() const { return blocks_; }
   int64_t row(int64_t block) const { return std::min(rows_, block * block_rows_); }
@@ -47,15 +37,15 @@ class MachineCode {
     int64_t first_feature;
   };
 
-  MachineCode(const Lists& lists, const int32_t* perm);
+  MachineCode(const Lists& lists, const int32_t* perm, bool transposed);
   Span extent(int64_t block, int64_t chunk) const;  // of a piece, in bytes; empty after the last chunk
-  bool describes(const Lists& lists) const;
 
-  int64_t rows_, nnz_, blocks_, block_rows_, chunks_ = 0;
-  std::vector<int32_t> outline_;  // of the mask, to notice a key that belongs to another
-  std::vector<Piece> pieces_;     // [block][chunk]
-  void* pages_ = nullptr;
-  size_t bytes_ = 0;
+  int64_t rows_, nnz_;
+  bool transposed_;
+  Outline outline_;  // of the mask, to notice a key that belongs to another
+  int64_t blocks_, block_rows_, chunks_ = 0;
+  std::vector<Piece> pieces_;  // [block][chunk]
+  std::optional<CodePages> pages_;
 };
 
 }  // namespace sparsekit
