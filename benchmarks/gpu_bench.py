@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from sparsekit import Pattern, SparseConv2d, SparseLinear
 from sparsekit import format as formats
+from sparsekit.clock import Events, Wall, race, rotating
 from sparsekit.kernels import tuning
 from sparsekit.nn import SparseModule
 
@@ -36,72 +35,23 @@ Run = Callable[[int], object]
 """Does the work once on the input set of that number."""
 
 
-class HostClock:
-    """Wall clock, for devices without events."""
-
-    def round(self, calls: list[Callable[[], object]], flush: bool) -> list[tuple[float, float]]:
-        """Microseconds of each call on the device and on the host."""
-        times = []
-        for call in calls:
-            start = time.perf_counter()
-            call()
-            us = (time.perf_counter() - start) * 1e6
-            times.append((us, us))
-        return times
-
-
-class CudaClock:
-    """Events around each call, queued while the GPU sleeps, so that it never waits for the host between them."""
-
-    def __init__(self) -> None:
-        self._ahead_us = 20000.0
-        self._other = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # several times any L2
-
-    def round(self, calls: list[Callable[[], object]], flush: bool) -> list[tuple[float, float]]:
-        """Microseconds of each call on the device and on the host; ``flush`` empties the L2 before each."""
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
-        host = []
-        torch.cuda.synchronize()
-        torch.cuda._sleep(int(self._ahead_us * 2000))  # cycles, at about 2 GHz
-        for call, (start, end) in zip(calls, pairs, strict=True):
-            begun = time.perf_counter()
-            if flush:
-                self._other.zero_()
-            start.record()
-            call()
-            end.record()
-            host.append((time.perf_counter() - begun) * 1e6)
-        torch.cuda.synchronize()
-        self._ahead_us = min(1.5 * sum(host) + 100, 50000.0)
-        return [(start.elapsed_time(end) * 1e3, us) for (start, end), us in zip(pairs, host, strict=True)]
-
-
-def measure(
-    thunks: Mapping[str, Run], sets: int, clock: HostClock | CudaClock, seconds: float | None = None, flush=False
-) -> dict[str, Spread | str]:
-    """Each thunk's times, in turn, every call on the next input set; a thunk that raises has its reason instead."""
-    seconds = _SECONDS if seconds is None else seconds
+def measure(thunks: Mapping[str, Run], sets: int, clock: Wall | Events, seconds: float | None = None) -> dict:
+    """Each thunk's :class:`Spread`, in turn, every call on the next input set; a thunk that raises has its reason."""
     found: dict[str, Spread | str] = {}
-    live = dict(thunks)
+    live: dict[str, Callable[[], object]] = {}
     for name, run in thunks.items():
         try:
             for i in range(sets):
                 run(i)
+            live[name] = rotating([partial(run, i) for i in range(sets)])
         except Exception as error:
             if "CUDA error" in str(error):
                 raise
             found[name] = _words(error)
-            del live[name]
-    turn = itertools.count()
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in live}
-    deadline, rounds = time.perf_counter() + seconds * len(live), 0
-    while live and (rounds < 9 or (time.perf_counter() < deadline and rounds < 100)):
-        times = clock.round([partial(run, next(turn) % sets) for run in live.values()], flush)
-        rounds += 1
-        if rounds > 2:  # clocks rise, the queue's length settles
-            for name, pair in zip(live, times, strict=True):
-                samples[name].append(pair)
-    return found | {name: Spread.of(*zip(*pairs, strict=True)) for name, pairs in samples.items()}
+    if live:
+        samples = race(live, _SECONDS if seconds is None else seconds, least=9, most=100, slow=1.0, clock=clock)
+        found |= {name: Spread.of(*zip(*pairs, strict=True)) for name, pairs in samples.items()}
+    return found
 
 
 @contextlib.contextmanager
@@ -155,7 +105,7 @@ class Bench:
         self.device, self.tiny = device, tiny
         self.cuda = device.type == "cuda"
         self.compiled = compiled and self.cuda
-        self.clock = CudaClock() if self.cuda else HostClock()
+        self.clock = Events() if self.cuda else Wall()
         self.facts = facts(device)
         self.l2 = torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else 1 << 16
         self._dense: dict[tuple, tuple] = {}
@@ -309,7 +259,7 @@ class Bench:
                     raise
                 reasons[name] = _words(problem)
         few = setup.layer.positions < 256  # then the weight is what must come from memory, and it is not rotated
-        times = measure(thunks, len(setup.xs), self.clock, flush=few)
+        times = measure(thunks, len(setup.xs), Events(flush=True) if few and self.cuda else self.clock)
         spread = times.pop("ours")
         if isinstance(spread, str):
             raise RuntimeError(spread)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from . import _native, device
 from . import format as formats
 from ._version import __version__
+from .clock import race
 from .explanation import Explanation, LayerPlan, ModelPlan, explain
 from .kernels import tuning
 from .times import Times
@@ -38,35 +38,9 @@ def measure(
     ``seconds`` is the time to spend on each; at least five rounds are run, three where a call takes 20 ms.
     A thunk of 1 ms or more that is ``hopeless`` times slower than the fastest when first called is called no more.
     """
-    samples: dict[str, list[float]] = {}
-    for name, thunk in thunks.items():
-        with tuning.on():
-            thunk()
-        device.settle()
-        samples[name] = [_clock(thunk, 1)]
-    first = {name: max(times[0], 1e-7) for name, times in samples.items()}
-    racing = [name for name, once in first.items() if once <= max(hopeless * min(first.values()), 1e-3)]
-    repeats = {name: max(1, min(50, int(2e-4 / once))) for name, once in first.items()}  # 0.2 ms: above timer noise
-    least = 5
-    if max(first[name] for name in racing) < 0.02:
-        samples |= {name: [] for name in racing}  # a first call of few microseconds tells little
-    else:
-        least = 2
-    deadline = time.perf_counter() + seconds * len(racing)
-    rounds = 0
-    while rounds < least or (time.perf_counter() < deadline and rounds < 200):
-        rounds += 1
-        for name in racing:
-            samples[name].append(_clock(thunks[name], repeats[name]))
-    return {name: statistics.median(times) * 1e6 for name, times in samples.items()}
-
-
-def _clock(thunk: Callable[[], object], count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        thunk()
-    device.settle()
-    return (time.perf_counter() - start) / count
+    with tuning.on():
+        samples = race(thunks, seconds, hopeless=hopeless)
+    return {name: statistics.median(sample.us for sample in found) for name, found in samples.items()}
 
 
 def choose(thunks: Mapping[str, Callable[[], object]], key: str | None = None) -> tuple[str, dict[str, float]]:

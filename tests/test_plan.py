@@ -31,7 +31,7 @@ def clock(monkeypatch):
             return run
 
     clock = Clock()
-    monkeypatch.setattr(plan.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr("sparsekit.clock.time.perf_counter", lambda: clock.now)
     return clock
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import device
+from ..clock import Events, Wall, race
 from ..kernels import tuning
 
 __all__ = ["Spread", "limit", "probe", "spreads"]
@@ -23,41 +22,23 @@ class Spread(NamedTuple):
     p50: float
     p80: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The percentiles of at least two samples."""
+        fifths = statistics.quantiles(values, n=5, method="inclusive")
+        return cls(fifths[0], statistics.median(values), fifths[3])
 
-def spreads(thunks: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Spread]:
+
+def spreads(
+    thunks: Mapping[str, Callable[[], object]], seconds: float, clock: Wall | Events | None = None
+) -> dict[str, Spread]:
     """The times of each thunk, a round of all at a time so that drift hits all alike.
 
     ``seconds`` is the time to spend on each; at least nine rounds are run, but for thunks of a second or more.
     """
-    repeats, slowest = {}, 0.0
-    for name, thunk in thunks.items():
-        with tuning.on():
-            thunk()
-        device.settle()
-        start = time.perf_counter()
-        thunk()
-        device.settle()
-        once = max(time.perf_counter() - start, 1e-7)
-        repeats[name] = max(1, min(50, int(2e-4 / once)))  # a round of at least 0.2 ms, above timer noise
-        slowest = max(slowest, once)
-    samples: dict[str, list[float]] = {name: [] for name in thunks}
-    least = 9 if slowest < 1 else 5
-    deadline = time.perf_counter() + seconds * len(thunks)
-    rounds = 0
-    while rounds < least or (time.perf_counter() < deadline and rounds < 400):
-        rounds += 1
-        for name, thunk in thunks.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                thunk()
-            device.settle()
-            samples[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
-    return {name: _spread(values) for name, values in samples.items()}
-
-
-def _spread(values: list[float]) -> Spread:
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return Spread(fifths[0], statistics.median(values), fifths[3])
+    with tuning.on():
+        samples = race(thunks, seconds, least=9, most=400, slow=1.0, clock=clock)
+    return {name: Spread.of([sample.us for sample in found]) for name, found in samples.items()}
 
 
 def probe(where: str = "cpu") -> dict[str, Any]:
