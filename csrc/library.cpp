@@ -3,6 +3,7 @@
 
 #include "cpu/bsr_conv2d.h"
 #include "cpu/bsr_linear.h"
+#include "cpu/csr_chain.h"
 #include "cpu/csr_conv2d.h"
 #include "cpu/csr_linear.h"
 #include "cpu/code_pages.h"
@@ -36,6 +37,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
+  m.impl("csr_chain", TORCH_BOX(&sparsekit::csr_chain));
   m.impl("csr_linear", TORCH_BOX(&sparsekit::csr_linear));
   m.impl("csr_linear_t", TORCH_BOX(&sparsekit::csr_linear_t));
   m.impl("csr_sddmm", TORCH_BOX(&sparsekit::csr_sddmm));

@@ -42,6 +42,12 @@ def csr_linear(x, values, crow_indices, col_indices, bias, code_key=None, activa
     return activate(F.linear(x, csr_dense(values, crow_indices, col_indices, x.shape[1]), bias), activation)
 
 
+def csr_chain(x, values, crow_indices, col_indices, biases, code_keys, activations):
+    for parts in zip(values, crow_indices, col_indices, biases, code_keys, activations, strict=True):
+        x = csr_linear(x, *parts)
+    return x
+
+
 def csr_linear_t(dy, values, t_crow, t_row, t_perm):
     return dy @ csc_dense(values, t_crow, t_row, t_perm, dy.shape[1])
 

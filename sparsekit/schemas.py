@@ -14,6 +14,7 @@ Vocabulary
     ``values[t_perm[p]]``. Rows ascend within a column.
     ``code_key int64 [2]`` (on the CPU, optional) names the content of ``crow_indices, col_indices``: machine code made
     for a mask is kept under it, and one key must never name two masks. The CPU alone reads it.
+    ``csr_chain`` is ``csr_linear`` of one layer after the other, an entry of each list per layer.
 
     ``bsr_*``, ``panel_*``: ``values [blocks, R, C]`` are blocks of R outputs by C inputs of one tap (kernel
     position) and group; with ``rows = ceil(out / groups / R)``, ``cols = ceil(in / groups / C)``, ``taps = kh * kw``:
@@ -71,6 +72,10 @@ SCHEMAS = {
     "csr_linear": (
         "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor? code_key=None, "
         "str activation='none') -> Tensor"
+    ),
+    "csr_chain": (
+        "(Tensor x, Tensor[] values, Tensor[] crow_indices, Tensor[] col_indices, Tensor?[] biases, "
+        "Tensor?[] code_keys, str[] activations) -> Tensor"
     ),
     "csr_linear_t": f"(Tensor dy, Tensor values, {_T}) -> Tensor",
     "csr_sddmm": "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices) -> Tensor",

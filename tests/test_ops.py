@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._pytree import tree_map_only
 
 from sparsekit import _native
 from sparsekit.kernels.bitmap import layout as bitmap_layout
@@ -20,6 +21,16 @@ from sparsekit.schemas import SCHEMAS
 from sparsekit.transposable import transposable_2_4
 
 ops = torch.ops.sparsekit
+
+
+def chain_calls(n, out, features, density):
+    """Arguments of the chain's operator for two random weights."""
+    masks = torch.rand(out, features) < density, torch.rand(3, out) < density
+    parts = [layout.csr(mask) for mask in masks]
+    values, rows = [torch.randn(int(mask.sum())) for mask in masks], [part["crow_indices"] for part in parts]
+    columns, keys = [part["col_indices"] for part in parts], [layout.code_key(*part.values()) for part in parts]
+    biases = [torch.randn(out), None]
+    return {"csr_chain": [(torch.randn(n, features), values, rows, columns, biases, keys, ["relu", "none"])]}
 
 
 def linear_calls(n, out, features, density):
@@ -146,6 +157,7 @@ CONVS = {
     "no batch": (0, 4, 3, (5, 5), (3, 3)),
 }
 CASES = [
+    *[pytest.param(chain_calls, LINEARS[name], id=f"chain {name}") for name in LINEARS],
     *[pytest.param(linear_calls, LINEARS[name], id=f"linear {name}") for name in LINEARS],
     *[pytest.param(conv_calls, CONVS[name], id=f"conv {name}") for name in CONVS],
     *[pytest.param(bsr_linear_calls, LINEARS[name], id=f"bsr linear {name}") for name in LINEARS],
@@ -162,7 +174,7 @@ def flat(result):
 
 
 def test_cases_cover_the_table():
-    kinds = (linear_calls, bsr_linear_calls, panel_calls, bitmap_calls, nm_calls)
+    kinds = (chain_calls, linear_calls, bsr_linear_calls, panel_calls, bitmap_calls, nm_calls)
     linears = {name for calls in kinds for name in calls(*LINEARS["plain"])}
     convs = {name for calls in (conv_calls, bsr_conv_calls, panel_calls) for name in calls(*CONVS["plain"])}
     assert {*linears, *convs, "build_info"} == SCHEMAS.keys()
@@ -186,7 +198,7 @@ def test_fakes_have_the_shapes_of_real_results(calls, sizes):
         for one in arguments:
             real = flat(getattr(ops, name)(*one))
             with FakeTensorMode() as mode:
-                faked = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in one]
+                faked = tree_map_only(torch.Tensor, mode.from_tensor, one)
                 fake = flat(getattr(ops, name)(*faked))
             for r, f in zip(real, fake, strict=True):
                 assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride()), name
@@ -196,7 +208,7 @@ def test_fakes_have_the_shapes_of_real_results(calls, sizes):
 def test_native_agrees_with_the_reference(calls, sizes):
     for name, arguments in calls(*sizes).items():
         for one in arguments:
-            double = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in one]
+            double = tree_map_only(torch.Tensor, lambda a: a.double() if a.is_floating_point() else a, one)
             expected = flat(TWINS[name](*double))
             for got, want in zip(flat(getattr(ops, name)(*one)), expected, strict=True):
                 assert got.shape == want.shape, name

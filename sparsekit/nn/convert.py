@@ -30,7 +30,7 @@ from .attention import (
 from .base import SparseModule
 from .capture import capture, on_gpu
 from .conv import SparseConv1d, SparseConv2d
-from .fuse import Applied
+from .fuse import Applied, Shortened
 from .linear import SparseLinear
 from .planning import Budget, Job, plan_layers, thunk
 from .whole import call, check
@@ -177,6 +177,8 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
             swaps[id(module)] = dense
         elif isinstance(module, Applied):
             swaps[id(module)] = module.activation
+        elif isinstance(module, Shortened):
+            module.__class__ = nn.Sequential
         elif isinstance(module, SparseMultiheadAttention):
             dense = module.to_dense()
             _copy_hooks(module, dense)

@@ -1,4 +1,4 @@
-"""fuse: batch norms folded into the sparse layers before them, activations made part of their products."""
+"""fuse: batch norms folded into sparse layers, activations made part of products, linear layers made one call."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from .base import SparseModule
+from .chain import Done, link
 from .conv import SparseConv2d
 from .linear import SparseLinear
 
-__all__ = ["Applied", "fuse"]
+__all__ = ["Applied", "Shortened", "fuse"]
 
 _LAYERS = (SparseLinear, SparseConv2d)
 
@@ -30,14 +31,30 @@ class Applied(nn.Module):
         return x
 
 
+class Shortened(nn.Sequential):
+    """Calls those of its modules alone that have something to do; ``to_dense`` makes it an ``nn.Sequential`` again."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``x`` through all modules."""
+        for module in self._modules.values():
+            if type(module) not in _PASSED:
+                input = module(input)
+        return input
+
+
+_PASSED = (Applied, Done, nn.Identity)
+
+
 def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Make inference of a converted model cheaper: fold batch norms, fuse activation modules.
 
     A sparse convolution whose output goes to one ``nn.BatchNorm2d`` alone takes over its scale and shift
     (the same function up to rounding). A sparse layer whose output goes to one ``nn.ReLU``, ``nn.GELU()``
-    or ``nn.SiLU`` alone applies it itself, inside the kernel where the format's kernels can. Who feeds whom
-    is read by ``torch.fx``; in a model that it cannot trace nothing is fused, with a warning. Save the model
-    before fusing it: the keys of folded norms are gone after.
+    or ``nn.SiLU`` alone applies it itself, inside the kernel where the format's kernels can. Linear layers that
+    then follow each other run as one call without a gradient, on the CPU, where that measured faster on the batch
+    they were planned for (:func:`explain` says so). Who feeds whom is read by ``torch.fx``; in a model that it
+    cannot trace nothing is fused, with a warning. Save the model before fusing it: the keys of folded norms are
+    gone after.
 
     Returns a deep copy unless ``inplace``. Raises ValueError for a model in training mode.
     """
@@ -49,6 +66,10 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
         for step in (_fold, _activate):
             for layer, path in _pairs(model):
                 step(model, layer, path)
+        link(model, _pairs(model))
+        for module in model.modules():
+            if type(module) is nn.Sequential and any(isinstance(child, Applied | Done) for child in module):
+                module.__class__ = Shortened
     except _Untraceable as error:
         warnings.warn(f"{type(model).__name__}: nothing fused, torch.fx cannot trace it ({error})", stacklevel=2)
     return model
