@@ -32,6 +32,7 @@ from .capture import capture, on_gpu
 from .conv import SparseConv1d, SparseConv2d
 from .fuse import Applied, Shortened
 from .linear import SparseLinear
+from .order import original, restore_order
 from .planning import Budget, Job, plan_layers, thunk
 from .whole import call, check
 
@@ -57,26 +58,7 @@ def convert(
     plan_seconds: float = 10.0,
     graph: bool = False,
 ) -> nn.Module:
-    """Replace the pruned layers of ``model`` by sparse ones, each in the format that measures fastest.
-
-    Args:
-        masks: ``{"0.weight": bool tensor}`` as :func:`sparsekit.prune` gives; None takes the masks of
-            ``torch.nn.utils.prune``, or the zeros of each weight. Layers without a pruned weight stay.
-        example_inputs: a tensor, or a tuple or dict of arguments, to run the model on once (in eval
-            mode) so that each layer is measured on its real input. None assumes a batch of 64 rows
-            for linear layers and 16 images of 32 x 32 for convolutions.
-        training: measure forward + backward together; otherwise forward alone.
-        impl: ``"auto"``, or the name of a format to force, or one per layer (``{"fc1": "csr"}``, the others
-            ``"auto"``); a layer that a forced format cannot hold raises ValueError, and one that it has no
-            kernel for on this device runs as a dense product, with a warning.
-        inplace: change ``model`` itself; otherwise a deep copy.
-        plan_seconds: what measuring may take. Layers that promise most go first, alike ones are measured once, and
-            earlier measurements are taken from the disk cache; what is left unmeasured stays dense and says so.
-        graph: capture the converted model's inference on ``example_inputs`` as a CUDA graph, for these shapes only.
-
-    Returns: the model with sparse layers; :func:`sparsekit.explain` says what was chosen and why.
-    Raises: ValueError or TypeError naming the layer on bad masks, before anything changes.
-    """
+    """:func:`sparsekit.convert` in the order of rows that the model has."""
     budget = Budget(plan_seconds)
     if graph and (training or example_inputs is None):
         raise ValueError("Expected graph=True with example_inputs and without training, which it cannot capture")
@@ -115,7 +97,7 @@ def convert(
         else:
             planned[path] = _force(path, layer, mask, x, training, impls[name])
         if not mask.any():
-            warnings.warn(f"{name}: no weight survives; the layer outputs its bias", stacklevel=2)
+            warnings.warn(f"{name}: no weight survives; the layer outputs its bias", stacklevel=3)
     planned |= plan_layers(jobs, budget)
     for name in masks:
         module, sparse = layers[name], planned["" if name == "weight" else name[: -len(".weight")]]
@@ -185,16 +167,18 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
             swaps[id(module)] = dense
     model = _swap(model, swaps)
     restore_fast_paths(model)
+    restore_order(model)
     return model
 
 
 def masks_of(model: nn.Module) -> Masks:
     """The masks of all sparse layers of a converted model, ``{"0.weight": bool tensor}``."""
-    return {
+    masks = {
         weight_name(name, module): module.survivors()
         for name, module in model.named_modules()
         if isinstance(module, SparseModule)
     }
+    return original(model, masks)
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
@@ -210,7 +194,7 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
             state[(weight_name if leaf == "weight" else bias_name)(owner, module)] = tensor.detach().clone()
         elif not isinstance(module, SparseModule):
             state[name] = tensor.detach().clone()
-    return state
+    return original(model, state)
 
 
 def _sparse_class(module: nn.Module) -> type[SparseModule]:
@@ -226,7 +210,7 @@ def _force(name: str, module: nn.Module, mask: Tensor, x: Tensor | None, trainin
     """A layer in the format that was asked for, whatever it costs."""
     kind = _sparse_class(module)
     if why := formats.get(impl).absent(weight_of(module).device, kind._fold(mask), getattr(module, "groups", 1)):
-        warnings.warn(f"{name}: {why}, so {impl!r} runs as a dense product here", stacklevel=3)
+        warnings.warn(f"{name}: {why}, so {impl!r} runs as a dense product here", stacklevel=4)
     sparse = kind.from_dense(module, mask, impl, name)
     work = "forward + backward" if training else "forward"
     shape, share = tuple(mask.shape), density({name: mask})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..mask import Masks
 from ..panels import panel_union, row_order
 from .convert import to_dense
+from .order import layers_of, moves
 from .rewiring import masked_copy, prefixes, replace, rewired
 from .units import Layer, Units
 from .walk import read_units
@@ -62,15 +63,14 @@ class Regrouping:
     def _moved(self, model: nn.Module, move) -> nn.Module:
         model = to_dense(model)
         state = model.state_dict()
+        for name, index in self.index.items():
+            extent = tuple(i.numel() for i in index)
+            if name not in state or state[name].shape[: len(index)] != extent:
+                got = list(state[name].shape) if name in state else "none"
+                raise ValueError(f"{name}: Expected a tensor of {' x '.join(map(str, extent))}, got {got}")
         with torch.no_grad():
-            for name, index in self.index.items():
-                extent = tuple(i.numel() for i in index)
-                if name not in state or state[name].shape[: len(index)] != extent:
-                    got = list(state[name].shape) if name in state else "none"
-                    raise ValueError(f"{name}: Expected a tensor of {' x '.join(map(str, extent))}, got {got}")
-            for name, index in self.index.items():
-                where = tuple(i.to(state[name].device) for i in index)
-                state[name].copy_(move(state[name].clone(), where))
+            for tensor, index in moves(state.items(), layers_of(self.index)):
+                tensor.copy_(move(tensor.clone(), index))
         return model
 
     def __str__(self) -> str:
