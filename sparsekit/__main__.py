@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         "--scope", choices=("layer", "global", "er", "erk"), help="what is ranked together (default: the paper's)"
     )
     ticket.add_argument("--least", type=int, default=0, help="weights that every layer keeps at least")
+    ticket.add_argument(
+        "--refill", metavar="8x1",
+        help="after the last round turn its ticket into blocks (8x1, 16x16, …) or channels of the same density, and "
+        "train that from the rewind point",
+    )  # fmt: skip
     ticket.add_argument("--rewind", default="init", help="init, 500it, 2ep, lr or none")
     ticket.add_argument(
         "--control", default="none", metavar="C,C,…",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -115,7 +116,7 @@ def _tickets(args: Namespace, seed: int, out: Path, data: Dataset, training: Tra
     return tickets(
         model, rounds, rate, args.pattern, args.criterion, scope, args.rewind, out,
         exclude=exclude, example_inputs=data.train_x[: training.batch_size], impl=args.impl,
-        score_at=args.score_at, least=args.least, data=_scored(data, seed),
+        score_at=args.score_at, least=args.least, data=_scored(data, seed), refill=_refill(args.refill),
         note={
             "model": args.model, "data": args.data, "note": data.note, "seed": seed, "device": args.device,
             "iterations": training.iterations, "batch_size": training.batch_size, "optimizer": training.optimizer,
@@ -137,6 +138,11 @@ def _rates(args: Namespace, model: nn.Module) -> tuple[int, Any, tuple[str, ...]
         rates = schedule(args.density, args.rounds, args.schedule)
         return len(rates), rates, tuple(exclude), scope
     return args.rounds, table if scope == "layer" else table["*"], tuple(exclude), scope
+
+
+def _refill(text: str | None) -> str | None:
+    """``8x1`` is short for ``block:8x1``."""
+    return f"block:{text}" if re.fullmatch(r"\d+x\d+", text or "") else text
 
 
 def _scored(data: Dataset, seed: int) -> list[tuple[Tensor, Tensor]]:

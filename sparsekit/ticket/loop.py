@@ -24,6 +24,7 @@ from ..plan import explain
 from ..prune import prunable, prune_step
 from ..schedule import check_rates
 from .ledger import masked_dense_us, summarize
+from .refilled import check_refill, refilled
 from .rewind import Rewind, Snapshot, get_rng, set_rng
 from .round import Round, formats_of
 from .store import RunDir
@@ -36,7 +37,7 @@ class TicketSearch:
 
     def __init__(
         self, model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl, note,
-        score_at, facts,
+        score_at, refill, facts,
     ):  # fmt: skip
         if rounds is None:
             rounds = len(rate) if isinstance(rate, list | tuple) else 12
@@ -47,6 +48,7 @@ class TicketSearch:
             raise ValueError(f"Expected rounds=1 with pattern {pattern!r}, which fixes the sparsity, got {rounds}")
         if score_at not in ("end", "init"):
             raise ValueError(f"Expected score_at 'end' or 'init', got {score_at!r}")
+        self.refill = check_refill(refill, self.pattern, rounds)
         find(criterion)
         if impl != "auto":
             formats.get(impl)
@@ -74,6 +76,7 @@ class TicketSearch:
         self.start: Snapshot | None = None
         self.point: Snapshot | None = None
         self.end: dict[str, Any] = {}
+        self.order: dict[str, tuple[Tensor, ...]] = {}
         self.order_seed = 0
         self.summary: dict[str, Any] = {}
 
@@ -103,6 +106,7 @@ class TicketSearch:
         # What is not asked for is not written, so that runs that began before it could be go on.
         config |= {key: how[key] for key in ("steps", "least") if how[key]}
         config |= {"score_at": self._score_at} if self._score_at != "end" else {}
+        config |= {"refill": f"{self.refill} after round {self._rounds}"} if self.refill else {}
         if taken := config.keys() & note.keys():
             raise ValueError(f"Expected a note without the search's own names, got {sorted(taken)}")
         try:
@@ -141,9 +145,11 @@ class TicketSearch:
         self.start = start
         late = self.rewind.kind == "weights" and self.rewind.count > 0
         self.point = run.snapshot("rewind") if late else start
+        self.pattern, self.order = self._how["pattern"], {}
         self.order_seed = int(hashlib.sha256(start.rng["torch"].numpy().tobytes()).hexdigest()[:12], 16)
         results: list[dict] = []
-        for number in range(self._rounds + 1):
+        last = self._rounds + bool(self.refill)
+        for number in range(last + 1):
             result, fresh = run.result(number), False
             if result is None or (number == 0 and late and self.point is None):
                 clock = time.perf_counter()
@@ -155,7 +161,7 @@ class TicketSearch:
                 fresh = True
             results.append(result)
             self.summary = summarize(self.config, results)
-            if fresh or number == self._rounds:
+            if fresh or number == last:
                 run.keep_summary(self.summary)
 
     def _check_start(self, start: Snapshot) -> None:
@@ -172,22 +178,31 @@ class TicketSearch:
         trained, masks, self.end = self._run.load_last(number - 1)
         model.load_state_dict(trained)
         set_rng(self.end["rng"])  # a random criterion draws the same after a resume
-        if self._score_at == "init":
-            model.load_state_dict(start.model)
-        masks = prune_step(model, masks, self._rates[number - 1], **self._how, init=start.model)
-        if self._score_at == "init":
-            model.load_state_dict(trained)
+        facts: dict[str, Any] = {}
+        if number > self._rounds:
+            done = refilled(model, masks, self.refill, self.point or start, self._example_inputs)
+            model, masks, self.point, self.order, facts["refill"] = done
+            self.pattern = self.refill
+        else:
+            if self._score_at == "init":
+                model.load_state_dict(start.model)
+            masks = prune_step(model, masks, self._rates[number - 1], **self._how, init=start.model)
+            if self._score_at == "init":
+                model.load_state_dict(trained)
         if self.rewind.kind == "weights":
             model.load_state_dict(self.point.model)
         # Formats round differently and are chosen by the clock: a round that was begun keeps those it had.
         model = self.convert(model, masks, self._run.formats(number))
         self._run.keep_formats(number, formats_of(model))
         set_rng(self.end["rng"] if self.rewind.kind == "none" else self.point.rng)
-        return Round(number, model, masks, self.rewind, self)
+        round_ = Round(number, model, masks, self.rewind, self)
+        round_.record(**facts)
+        return round_
 
     def _close_round(self, round_: Round, open_seconds: float, seconds: float) -> dict:
         round_.check_end()
         end, state, masks = round_.end(), dense_state(round_.model), masks_of(round_.model)
+        end |= {"order": self.order} if self.order else {}
         steps, given = round_.steps - round_._first, round_.metrics
         control = given.get("control_seconds") or 0.0
         result = {
@@ -233,6 +248,7 @@ def tickets(
     impl: str = "auto",
     note: Mapping[str, Any] | None = None,
     score_at: str = "end",
+    refill: str | None = None,
     steps: int | None = None,
     least: int = 0,
     data: Any = None,
@@ -262,11 +278,15 @@ def tickets(
         note: JSON values kept in the run's configuration (data set, seed, …) and compared on relaunch.
         score_at: ``"end"`` scores the weights that the round before trained, ``"init"`` the first ones, for
             pruning at initialisation (SNIP, GraSP, SynFlow).
+        refill: ``"block:8x1"``, another block or ``"channel"``: one more round, in which the last ticket is regrouped
+            (:func:`sparsekit.regroup`) and turned into that pattern at its density, layer by layer but for the output
+            layer (:func:`sparsekit.refill`), and trained from the rewind point. Lossy; its weights are in the
+            regrouped order, which ``end.safetensors`` keeps.
         steps, least, data, loss: as in :func:`sparsekit.prune`; ``layer.init`` holds the first weights.
 
     Raises: ValueError on bad arguments, or a run directory of another configuration, before training.
     """
     return TicketSearch(
         model, rounds, rate, pattern, criterion, scope, rewind, run_dir, exclude, example_inputs, impl, note,
-        score_at, {"steps": steps, "least": least, "data": data, "loss": loss},
+        score_at, refill, {"steps": steps, "least": least, "data": data, "loss": loss},
     )  # fmt: skip
