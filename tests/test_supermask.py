@@ -10,7 +10,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.mask import density
-from sparsekit.ticket.supermask import harvest, supermask
+from sparsekit.ticket.supermask import EdgePopup, harvest, supermask
 from sparsekit.ticket.tangent import Tangent
 from sparsekit.ticket.train import fit
 
@@ -171,3 +171,15 @@ def test_a_tangent_does_not_touch_batch_norms():
     assert tangent.base[1].num_batches_tracked == 0 and all(m.grad is not None for m in tangent.moves)
     with pytest.raises(ValueError, match="Expected masks for prunable weights"):
         Tangent(net(), {"9.weight": torch.ones(1, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize("density", [0.001, 0.3, 0.5, 1.0])
+def test_edge_popup_selects_as_a_stable_sort_would(density):
+    generator = torch.Generator().manual_seed(0)
+    mask = EdgePopup(torch.empty(12, 25), density, generator)
+    with torch.no_grad():
+        mask.scores.copy_(torch.randint(-3, 4, mask.scores.shape, generator=generator))  # ties everywhere
+    order = mask.scores.abs().flatten().argsort(descending=True, stable=True)
+    expected = torch.zeros(300, dtype=torch.bool)
+    expected[order[: int(density * 300 + 0.5)]] = True
+    assert torch.equal(mask.mask().flatten(), expected)

@@ -117,9 +117,12 @@ class EdgePopup(_Scores):
         self.count = floor(density * weight.numel() + 0.5)
 
     def mask(self) -> Tensor:
-        order = self.scores.detach().abs().flatten().argsort(descending=True, stable=True)
-        mask = torch.zeros(order.numel(), dtype=torch.bool, device=order.device)
-        mask[order[: self.count]] = True
+        size = self.scores.detach().abs().flatten()
+        if not self.count:
+            return torch.zeros_like(self.scores, dtype=torch.bool)
+        least = size.kthvalue(size.numel() - self.count + 1).values  # a sort would take most of the step
+        mask = size > least
+        mask[(size == least).nonzero().flatten()[: self.count - int(mask.sum())]] = True
         return mask.view_as(self.scores)
 
     def forward(self, weight: Tensor) -> Tensor:
