@@ -68,10 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         help="after the last round turn its ticket into blocks (8x1, 16x16, …) or channels of the same density, and "
         "train that from the rewind point",
     )  # fmt: skip
-    ticket.add_argument("--rewind", default="init", help="init, 500it, 2ep, lr or none")
+    ticket.add_argument("--rewind", default="init", help="init, 500it, 2ep, lr, none, or auto: the first stable step")
     ticket.add_argument(
         "--control", default="none", metavar="C,C,…",
-        help="controls beside each ticket, of reinit, random, shuffle, noise:SIGMAS, signs; named twice, trained twice",
+        help="controls beside each ticket, of reinit, random, shuffle, noise:SIGMAS, signs, linear (its tangent); "
+        "named twice, trained twice",
     )  # fmt: skip
     ticket.add_argument("--impl", default="auto", help="force one format: dense, compact or csr")
     ticket.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,8 @@ from typing import Any
 __all__ = ["Summary"]
 
 NONE = "–"
-CONTROLS = {"reinit": "re-init", "random": "random mask"}  # how the papers call them; others go by their key
+# How the papers call them; others go by their key.
+CONTROLS = {"reinit": "re-init", "random": "random mask", "linear": "linearised"}
 
 Summary = dict[str, Any]
 

@@ -238,7 +238,7 @@ def test_a_small_convolutional_net(tmp_path):
         (["--density", "0.1", "--rate", "0.2"], "Expected --rate or --density, got both"),
         (["--schedule", "cubic"], "Expected --density with --schedule cubic, got none"),
         (["--seeds", "0"], "Expected --seeds of at least 1, got 0"),
-        (["--control", "reinit,luck"], "Expected controls of reinit, random, shuffle, noise, signs (noise:SIGMAS)"),
+        (["--control", "reinit,luck"], "Expected controls of reinit, random, shuffle, noise, signs, linear (noise"),
         (["--control", "noise:loud"], "Expected noise:SIGMAS with a number, got 'noise:loud'"),
         (["--least", "-1"], "Expected least as a whole number of at least 0, got -1"),
         (["--impl", "coo"], "Expected a format of dense, compact, csr, bsr, panel, bitmap, nm"),
@@ -302,3 +302,21 @@ def test_an_interrupt_is_130_and_keeps_finished_rounds(tmp_path, capsys, monkeyp
     assert "finished rounds are kept" in capsys.readouterr().err
     assert (tmp_path / "run" / "round_00").is_dir() and not (tmp_path / "run" / "round_01").exists()
     assert main([*argv, "--out", str(tmp_path / "run")]) == 0
+
+
+def test_rewinding_to_the_first_stable_step(tmp_path, capsys):
+    how = ("--rewind", "auto", "--control", "linear", "--rounds", "1")
+    summary = search(tmp_path / "run", *how)
+    found = json.loads((tmp_path / "run" / "stability.json").read_text())
+    assert found["stable_from"] in (0, 1, 2, 5, 10, 20)
+    at = f"{found['stable_from']}it" if found["stable_from"] else "init"
+    assert summary["config"]["rewind"] == at and f"rewinding to step {found['stable_from']}" in capsys.readouterr().out
+    linear = summary["rounds"][1]["controls"]["linear"]
+    assert linear["test_accuracy"] > 0.3 and linear["steps"] == STEPS - found["stable_from"]
+    before = (tmp_path / "run" / "stability.json").stat().st_mtime_ns
+    assert search(tmp_path / "run", *how) == summary
+    assert (tmp_path / "run" / "stability.json").stat().st_mtime_ns == before
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "stability.json").write_text(json.dumps(found | {"stable_from": None}))
+    search(tmp_path / "none", *how, code=2)
+    assert "Expected --rewind auto to find a step that is stable to SGD noise, got none" in capsys.readouterr().err

@@ -35,6 +35,27 @@ def test_one_page_of_several_runs(runs, tmp_path):
     assert text.count("Ledger: ") == 3
 
 
+def test_stability_and_recipes_are_drawn(runs, tmp_path, capsys):
+    how = ["--model", "mlp:64-20-10", "--data", "digits", "--iterations", "8", "--steps", "0", "4", "--threads", "1"]
+    lab = tmp_path / "lab"
+    lab.mkdir()
+    assert main(["stability", *how, "--alphas", "5", "--json", str(lab / "stability-mlp.json")]) == 0
+    capsys.readouterr()
+    write_gallery([lab], tmp_path / "alone")
+    assert sorted(path.stem for path in (tmp_path / "alone").glob("*.png")) == ["instability", "paths"]
+    page = (tmp_path / "alone" / "index.html").read_text()
+    assert "Stability: mlp:64-20-10, digits, seed 0" in page and page.count("data:image/png") == 2
+    assert main(["reproduce", "stability", "--scale", "smoke", "--out", str(lab / "recipe")]) == 0
+    page = write_gallery([lab, runs / "two"], tmp_path / "both").read_text()
+    assert "stability (smoke)" in page and page.count("Stability: ") == 2 and "Ledger: " in page
+    assert (tmp_path / "both" / "recipe-0.png").read_bytes() == (lab / "recipe" / "figure.png").read_bytes()
+    for text in ('{"steps": 3}', '{"model": "m", "data": "d", "seed": 0, "steps": [{"curves": []}]}', "[1]"):
+        (lab / "stability-mlp.json").write_text(text)
+        with pytest.raises(ValueError, match="Expected what sparsekit stability --json writes"):
+            write_gallery([lab], tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
 def test_runs_are_found_below_a_folder(runs):
     assert [run.name for run in find_runs([runs])] == ["seed_0", "seed_1", "two"]
     assert find_runs([runs / "two", runs / "two"]) == [runs / "two"]

@@ -13,7 +13,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.nn import SparseModule
-from sparsekit.ticket.stability import Branches, Instability, instability, rewind_point
+from sparsekit.ticket.stability import Branches, Instability, find_rewind, instability, rewind_point
 from sparsekit.ticket.train import evaluate, fit
 from sparsekit.ticket.workers import each
 
@@ -214,3 +214,16 @@ def test_a_process_that_fails_says_why():
         each(lambda item: os._exit(3), [1, 2], workers=2)
     with pytest.raises(ValueError, match="Expected workers as a whole number of at least 1, got 0"):
         each(len, [], workers=0)
+
+
+def test_the_rewind_point_in_one_call():
+    data = dataset()
+    model = nn.Sequential(nn.Flatten(), mlp(16, 32, 3))
+    training = TRAINING.__class__(32, 10, "sgd", 0.05, 0.9, eval_every=32)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    step, known = find_rewind(model, data, training, alphas=3)
+    assert set(known) <= {0, 1, 2, 4, 8, 16} and all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert step is None or known[step].stable and all(not known[k].stable for k in known if k < step)
+    assert find_rewind(model, data, training, [0, 32], sk.prune(model, 0.5), alphas=3)[0] in (0, 32)
+    row = known[max(known)].row(7)
+    assert row["step"] == 7 and len(row["alphas"]) == 3 and row["value"] == known[max(known)].value

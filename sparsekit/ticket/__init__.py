@@ -7,6 +7,7 @@ from .rewind import Rewind as Rewind
 from .round import Round as Round
 from .stability import Branches as Branches
 from .stability import Instability as Instability
+from .stability import find_rewind as find_rewind
 from .stability import instability as instability
 from .stability import rewind_point as rewind_point
 from .supermask import harvest as harvest

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from .. import data as datasets
 from .. import device, models
 from ..data import Dataset
-from ..files import read_tensors, unpack_state, write_json
+from ..files import read_json, read_tensors, unpack_state, write_json
 from ..report import ledger_table
 from ..schedule import KINDS, schedule
 from .controls import parse
 from .loop import tickets
 from .rewind import Rewind
 from .round import plain
-from .stability import Branches
+from .stability import Branches, find_rewind
 from .train import Training, train_round
 from .verdict import study, verdict_table
 from .workers import each
@@ -29,6 +29,7 @@ from .workers import each
 __all__ = ["search", "stability"]
 
 _SCORED_IMAGES, _SCORED_BATCH = 1024, 128  # what criteria that read gradients see
+_ALPHAS = 11  # points on each line where only the verdict counts
 
 
 def search(args: Namespace) -> dict:
@@ -74,8 +75,7 @@ def stability(args: Namespace) -> dict:
         found = branches.instability(step, masks, **how)
         curve = "  ".join(f"{100 * error:.1f}" for error in found.curves[0][:: max(1, len(found.alphas) // 6)])
         print(f"{step:8d}  {100 * found.value:13.2f}  {'yes' if found.stable else 'no':>6}  {curve}")
-        rows.append({"step": step, "value": found.value, "stable": found.stable, "values": list(found.values)})
-        rows[-1] |= {"alphas": list(found.alphas), "curves": [list(curve) for curve in found.curves]}
+        rows.append(found.row(step))
     stable = None
     for row in reversed(rows):
         if not row["stable"]:
@@ -107,14 +107,15 @@ def _search(args: Namespace, seed: int, out: Path) -> dict:
 
 
 def _tickets(args: Namespace, seed: int, out: Path, data: Dataset, training: Training, model: nn.Module):
-    rewind = Rewind.parse(args.rewind)
+    point = _rewind(args, seed, out, data, training, model)
+    rewind = Rewind.parse(point)
     if rewind.kind == "weights" and rewind.step(len(data.train_y) // training.batch_size) >= training.iterations:
-        raise ValueError(f"Expected --rewind to a step before the last, {training.iterations}, got {args.rewind}")
+        raise ValueError(f"Expected --rewind to a step before the last, {training.iterations}, got {point}")
     rounds, rate, exclude, scope = _rates(args, model)
     torch.manual_seed(seed)
     later = {key: getattr(training, key) for key in ("momentum", "weight_decay", "warmup", "milestones")}
     return tickets(
-        model, rounds, rate, args.pattern, args.criterion, scope, args.rewind, out,
+        model, rounds, rate, args.pattern, args.criterion, scope, point, out,
         exclude=exclude, example_inputs=data.train_x[: training.batch_size], impl=args.impl,
         score_at=args.score_at, least=args.least, data=_scored(data, seed), refill=_refill(args.refill),
         note={
@@ -124,6 +125,25 @@ def _tickets(args: Namespace, seed: int, out: Path, data: Dataset, training: Tra
             "cpu": device.cpu()["model"], "torch": torch.__version__,
         } | {key: value for key, value in later.items() if value},
     )  # fmt: skip
+
+
+def _rewind(args: Namespace, seed: int, out: Path, data: Dataset, training: Training, model: nn.Module) -> str:
+    """Where to rewind to; ``auto`` is the first step whose children are linearly connected, looked for once."""
+    if args.rewind != "auto":
+        return args.rewind
+    path = Path(out) / "stability.json"
+    if not path.exists():
+        step, known = find_rewind(model, data, training, seed=seed, alphas=_ALPHAS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"model": args.model, "data": args.data, "seed": seed, "iterations": training.iterations}
+        rows = [found.row(step) for step, found in known.items()]
+        write_json(path, facts | {"ticket": None, "stable_from": step, "steps": rows})
+    found = read_json(path)
+    tried = ", ".join(f"{row['step']}: {100 * row['value']:.2f} %" for row in found["steps"])
+    if found["stable_from"] is None:
+        raise ValueError(f"Expected --rewind auto to find a step that is stable to SGD noise, got none ({tried})")
+    print(f"instability {tried}: rewinding to step {found['stable_from']}")
+    return f"{found['stable_from']}it"
 
 
 def _rates(args: Namespace, model: nn.Module) -> tuple[int, Any, tuple[str, ...], str]:

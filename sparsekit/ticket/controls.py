@@ -17,7 +17,7 @@ from ..select import select
 __all__ = ["CONTROLS", "control", "noise", "parse", "random_masks", "reinit", "shuffle", "signs"]
 
 State = dict[str, Tensor]
-CONTROLS = ("reinit", "random", "shuffle", "noise", "signs")
+CONTROLS = ("reinit", "random", "shuffle", "noise", "signs", "linear")
 
 
 def parse(text: str) -> tuple[str, float]:
@@ -39,13 +39,18 @@ def control(
     pattern: str | Pattern = "unstructured",
     fresh: State | None = None,
 ) -> tuple[State, Masks]:
-    """Weights and masks of the control ``text`` (see :func:`parse`); ``fresh`` are newly drawn ones for ``reinit``."""
+    """Weights and masks of the control ``text`` (see :func:`parse`); ``fresh`` are newly drawn ones for ``reinit``.
+
+    ``linear`` has the ticket's own: another network is made of them, :class:`sparsekit.ticket.tangent.Tangent`.
+    """
     name, number = parse(text)
     generator = torch.Generator().manual_seed(seed)
     if name == "random":
         return state, random_masks(masks, generator, pattern)
     if name == "reinit":
         return (reinit(state, masks, generator) if fresh is None else fresh), masks
+    if name == "linear":
+        return state, masks
     if name == "noise":
         return noise(state, masks, generator, number), masks
     return (shuffle(state, masks, generator) if name == "shuffle" else signs(state, masks)), masks

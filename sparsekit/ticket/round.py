@@ -14,6 +14,7 @@ from ..mask import Masks
 from ..nn import SparseModule
 from .controls import control, parse
 from .rewind import Rewind, Snapshot, check_optimizer, encode, get_rng, set_rng
+from .tangent import Tangent
 
 __all__ = ["Round", "formats_of", "plain"]
 
@@ -95,7 +96,9 @@ class Round:
         """A control of this round, sparse like the ticket, and its ``begin(optimizer, scheduler, …)``.
 
         Args:
-            text: ``"reinit"``, ``"random"``, ``"shuffle"``, ``"noise:0.5"`` or ``"signs"`` (see ``controls``).
+            text: ``"reinit"``, ``"random"``, ``"shuffle"``, ``"noise:0.5"`` or ``"signs"`` (see ``controls``), or
+                ``"linear"``, the ticket's own mask and weights with the network linearised about them (``Tangent``,
+                dense work; its moves have no optimizer state to restore).
             fresh: a newly initialised model for ``"reinit"``; None deals the first weights out anew.
 
         ``begin`` returns the step to train from: the rewind point with the optimizer's state there, or 0 for
@@ -107,13 +110,16 @@ class Round:
         state, masks = control(text, point.model, self.masks, seed, search.pattern, given)
         model = copy.deepcopy(search.model)
         model.load_state_dict(state)
+        linear = text == "linear"
 
         def begin(optimizer=None, scheduler=None, steps_per_epoch: int | None = None) -> int:
-            if point.step:
+            if linear and scheduler is not None and point.scheduler is not None:
+                scheduler.load_state_dict(point.scheduler)
+            elif point.step and not linear:
                 point.restore_optimizer(sparse, optimizer, scheduler)
             return point.step
 
-        sparse = self.variant(model, None if masks is self.masks else masks)
+        sparse = Tangent(model, masks) if linear else self.variant(model, None if masks is self.masks else masks)
         return sparse, begin
 
     def permutation(self, count: int, epoch: int) -> Tensor:

@@ -25,7 +25,7 @@ from .rewind import Snapshot, get_rng, set_rng
 from .train import Training, evaluate, fit
 from .workers import each
 
-__all__ = ["Branches", "Instability", "instability", "rewind_point"]
+__all__ = ["Branches", "Instability", "find_rewind", "instability", "rewind_point"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Instability:
     def stable(self) -> bool:
         """Whether the children are linearly connected: instability below the threshold."""
         return self.value < self.threshold
+
+    def row(self, step: int) -> dict:
+        """As JSON values, with the step that the children branched from."""
+        found = {"step": step, "value": self.value, "stable": self.stable, "values": list(self.values)}
+        return found | {"alphas": list(self.alphas), "curves": [list(curve) for curve in self.curves]}
 
 
 def instability(
@@ -211,6 +216,33 @@ class Branches:
         if step not in self._snapshots:
             raise ValueError(f"Expected a step that was watched ({sorted(self._snapshots)}), got {step}")
         return self._snapshots[step]
+
+
+def find_rewind(
+    model: nn.Module,
+    data: Dataset,
+    training: Training,
+    steps: Sequence[int] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    **how,
+) -> tuple[int | None, dict[int, Instability]]:
+    """The smallest of ``steps`` whose children are linearly connected, and what was measured; one call.
+
+    Trains ``model`` once, then children from the steps that bisection asks for (:func:`rewind_point`); give the
+    step to ``sk.tickets(rewind=f"{step}it")``, as ``sparsekit ticket --rewind auto`` does.
+
+    Args:
+        model, data, training: a dense network, which is not changed, and how :func:`fit` is to train it.
+        steps: ascending, below ``training.iterations``; default 0 and that number over 128, 64, …, 2.
+        masks: of a ticket, whose sparse children then decide; None takes the dense network, which becomes stable
+            a little later than its tickets (arXiv:1912.05671, figures 3 and 5).
+        how: ``children``, ``alphas``, ``workers`` as in :func:`instability`.
+    """
+    if steps is None:
+        steps = sorted({0, *(training.iterations >> shift for shift in range(1, 8))})
+    branches = Branches(model, data, training, steps, seed)
+    return rewind_point(steps, lambda step: branches.instability(step, masks, **how))
 
 
 def _order(seed: int) -> Callable[[int, int], Tensor]:

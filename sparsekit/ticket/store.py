@@ -3,6 +3,7 @@
 ::
 
     RUN/config.json            what was asked for; another configuration is refused
+    RUN/stability.json         what was measured to find the step to rewind to, when that was asked for
     RUN/start.safetensors      the weights and generator states the search began with
     RUN/rewind.safetensors     the snapshot to rewind to, when that is not the start
     RUN/formats.json           the format of each layer in each round, kept before the round trains
@@ -52,7 +53,7 @@ class RunDir:
             raise NotADirectoryError(f"{self.path}: Expected a run directory, got a file")
         if file.exists():
             self._compare(file, read_json(file))
-        elif self.path.exists() and any(not _is_partial(entry) for entry in self.path.iterdir()):
+        elif self.path.exists() and any(not _may_precede(entry) for entry in self.path.iterdir()):
             raise ValueError(f"{self.path}: Expected a run directory or an empty one, got other files")
         self.path.mkdir(parents=True, exist_ok=True)
         for entry in filter(_is_partial, list(self.path.iterdir())):
@@ -160,6 +161,10 @@ def _read(file: Path, build: Any) -> Any:
         return build(tensors, header)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file}: Expected what a ticket search wrote, got a damaged file ({error})") from None
+
+
+def _may_precede(entry: Path) -> bool:
+    return _is_partial(entry) or entry.name == "stability.json"
 
 
 def _is_partial(entry: Path) -> bool:

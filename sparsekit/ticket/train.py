@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class Training:
     """Hyperparameters of one training; ``iterations`` in steps, ``milestones`` divide the rate by ten.
 
     ``augment`` crops images at random after padding them by so many pixels, and mirrors half of them; it
-    draws from torch's generator.
+    draws from torch's generator. ``cosine`` lowers the rate to zero along half a wave.
     """
 
     iterations: int
@@ -39,6 +40,7 @@ class Training:
     warmup: int = 0
     milestones: tuple[int, ...] = ()
     augment: int = 0
+    cosine: bool = field(default=False, repr=False)
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over ``model``'s parameters, fused."""
@@ -51,13 +53,14 @@ class Training:
         raise ValueError(f"Expected optimizer 'adam' or 'sgd', got {self.optimizer!r}")
 
     def make_scheduler(self, optimizer: torch.optim.Optimizer):
-        """Linear warm-up and step decay as one LambdaLR, or None for a constant rate."""
-        if not self.warmup and not self.milestones:
+        """Linear warm-up and decay as one LambdaLR, or None for a constant rate."""
+        if not self.warmup and not self.milestones and not self.cosine:
             return None
 
         def factor(step: int) -> float:
             warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-            return warm * 0.1 ** sum(step >= milestone for milestone in self.milestones)
+            wave = (1 + math.cos(math.pi * min(1.0, step / self.iterations))) / 2 if self.cosine else 1.0
+            return warm * wave * 0.1 ** sum(step >= milestone for milestone in self.milestones)
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
