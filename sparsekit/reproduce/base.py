@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from .. import device
-from ..files import write_json
+from ..files import read_json, write_json
 
-__all__ = ["RECIPES", "SCALES", "Check", "Setting", "recipe", "reproduce"]
+__all__ = ["RECIPES", "SCALES", "Check", "Setting", "interval", "markdown", "recipe", "reproduce", "table"]
 
 SCALES = ("smoke", "short", "paper")
 
@@ -48,6 +48,14 @@ class Setting:
     def pick(self, smoke: Any, short: Any, paper: Any) -> Any:
         """The value for this scale."""
         return {"smoke": smoke, "short": short, "paper": paper}[self.scale]
+
+    def once(self, name: str, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives, JSON values, kept as ``OUT/parts/NAME.json``: an interrupted run goes on there."""
+        path = self.out / "parts" / f"{name}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, work())
+        return read_json(path)
 
     def check(self, claim: str, paper: str, found: str, passed: bool) -> Check:
         """A claim that only real training can decide: at the smoke scale it is left open."""
@@ -86,7 +94,9 @@ def reproduce(
     seeds: int | None = None,
     device: str = "cpu",
 ) -> list[Check]:
-    """Run a recipe and write ``OUT/checks.json`` and ``OUT/checks.md``; a run that was interrupted goes on.
+    """Run a recipe and write ``OUT/checks.json``, ``OUT/checks.md`` and ``OUT/figure.png``, ours beside the paper's.
+
+    A run that was interrupted goes on; without matplotlib there is no figure, but its numbers in ``figure.json``.
 
     Args:
         name: one of ``RECIPES``.
@@ -105,7 +115,8 @@ def reproduce(
     folder.mkdir(parents=True, exist_ok=True)
     checks = RECIPES[name].run(Setting(scale, folder, data_dir, seeds, device))
     write_json(folder / "checks.json", _record(name, scale, checks))
-    (folder / "checks.md").write_text(markdown(name, scale, checks), encoding="utf-8")
+    image = "figure.png" if (folder / "figure.png").exists() else None
+    (folder / "checks.md").write_text(markdown(name, scale, checks, image), encoding="utf-8")
     return checks
 
 
@@ -128,13 +139,14 @@ def table(checks: list[Check]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def markdown(name: str, scale: str, checks: list[Check]) -> str:
-    """The checks as a Markdown page."""
+def markdown(name: str, scale: str, checks: list[Check], image: str | None = None) -> str:
+    """The checks as a Markdown page, with the figure where there is one."""
     lines = [f"# {name} ({scale})", "", RECIPES[name].about, "", f"Source: {RECIPES[name].source}.", ""]
     lines += ["| | claim | paper | found |", "|---|---|---|---|"]
     lines += [f"| {c.word} | {c.claim} | {c.paper} | {c.found} |" for c in checks]
     decided = [c.passed for c in checks if c.passed is not None]
-    return "\n".join([*lines, "", f"{sum(decided)} of {len(decided)} decided claims hold.", ""])
+    lines += ["", f"{sum(decided)} of {len(decided)} decided claims hold.", ""]
+    return "\n".join([*lines, *([f"![{name}]({image})", ""] if image else [])])
 
 
 def interval(values: list[float], scale: float = 100, spec: str = "+.2f") -> tuple[float, float, str]:

@@ -2,89 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
-
-from .. import data as datasets
 from .. import models
-from ..report import write_report
-from ..ticket.loop import tickets
-from ..ticket.replicates import train_round_together
-from ..ticket.train import Training, train_round
 from ..ticket.verdict import study, verdict_table
 from .base import Check, Setting, interval, recipe
-
-__all__ = ["search"]
+from .figure import Curve, Panel, draw, over_seeds
+from .runs import figure, gaps, scaled, search, sooner
 
 _PAPER = "Frankle & Carbin, The Lottery Ticket Hypothesis, ICLR 2019, arXiv:1803.03635"
-
-
-def search(
-    setting: Setting, model: str, data: str, rounds: int, training: Training, seeds: int, controls: Sequence[str] = (),
-    rewind: str = "init", criterion: str = "magnitude", together: bool = False,
-) -> list[dict]:  # fmt: skip
-    """Summaries of one search per seed, each with its run directory and report in ``setting.out``."""
-    summaries = []
-    for seed in range(seeds):
-        loaded = datasets.load(data, setting.data_dir, seed=seed).to(setting.device)
-        shape = tuple(loaded.train_x.shape[1:])
-
-        def build(seed: int, loaded=loaded, shape=shape):
-            return models.build(model, classes=loaded.classes, input_shape=shape, seed=seed).to(setting.device)
-
-        torch.manual_seed(seed)
-        recipe_of, network = models.recipe(model), build(seed)
-        rates, spared = models.rates(model), [name for name, rate in models.rates(model).items() if rate == 0]
-        run = tickets(
-            network, rounds, rates["*"] if recipe_of.scope == "global" else rates, scope=recipe_of.scope,
-            criterion=criterion, rewind=rewind, run_dir=setting.out / f"seed_{seed}", exclude=spared,
-            example_inputs=loaded.train_x[: training.batch_size],
-            impl="csr" if together or setting.scale == "smoke" else "auto",
-            note={"model": model, "data": data, "note": loaded.note, "seed": seed, "training": str(training)},
-        )  # fmt: skip
-        step: Callable = train_round_together if together else train_round
-        for round_ in run:
-            step(round_, loaded, training, controls=controls, fresh=build, seed=seed)
-            print(f"seed {seed}: round {round_.number} of {rounds}, {100 * round_.density:.1f} % left", flush=True)
-        summaries.append(run.summary)
-        write_report(setting.out / f"seed_{seed}")
-    return summaries
-
-
-def _training(model: str, iterations: int, images: int | None = None) -> Training:
-    """The recipe's training at another length: schedules shrink with it."""
-    own = models.recipe(model)
-
-    def scaled(step: int) -> int:
-        return step * iterations // own.iterations
-
-    return Training(
-        iterations, own.batch_size, own.optimizer, own.lr, own.momentum, own.weight_decay,
-        min(own.eval_every, iterations), scaled(own.warmup), tuple(map(scaled, own.milestones)),
-    )  # fmt: skip
-
-
-def at(rows: list[dict], density: float) -> dict:
-    """The round whose density is nearest."""
-    return min(rows, key=lambda row: abs(row["density"] - density))
-
-
-def gaps(summaries: list[dict], density: float, control: str | None = None) -> list[float]:
-    """Ticket less dense (or less a control) in accuracy at early stop, one per seed."""
-    found = []
-    for summary in summaries:
-        row = at(summary["rounds"][1:], density)
-        other = summary["rounds"][0] if control is None else row["controls"][control]
-        found.append(row["test_accuracy"] - other["test_accuracy"])
-    return found
-
-
-def _sooner(summaries: list[dict], density: float) -> list[float]:
-    """How much earlier than the dense network the ticket stops, as a share of the dense network's iterations."""
-    rows = [(at(s["rounds"][1:], density), s["rounds"][0]) for s in summaries]
-    return [1 - row["early_stop_iteration"] / dense["early_stop_iteration"] for row, dense in rows]
 
 
 @recipe("lenet", _PAPER + ", section 2")
@@ -93,9 +19,11 @@ def lenet(setting: Setting) -> list[Check]:
     rounds, iterations = setting.pick(3, 15, 19), setting.pick(40, 5000, 50_000)
     seeds = setting.seeds or setting.pick(1, 3, 5)
     controls = setting.pick(["reinit", "random"], ["reinit", "random"], ["reinit"] * 3 + ["random"])
-    data, training = setting.pick("digits", "mnist", "mnist"), _training("lenet-300-100", iterations)
+    data, training = setting.pick("digits", "mnist", "mnist"), scaled("lenet-300-100", iterations)
     found = search(setting, "lenet-300-100", data, rounds, training, seeds, controls, together=True)
     print(verdict_table(study(found)))
+    reported = {"accuracy": [(13.5, 0.3), (3.6, 0.0)], "stop": [(21.1, 0.62)]}
+    figure(setting, f"LeNet-300-100 on {data}", found, reported)
     checks = []
     if data == "mnist":  # on other images the first layer, and so the count, is another
         expected = {3: 0.513, 7: 0.211, 9: 0.135, 15: 0.036, 19: 0.015}
@@ -104,7 +32,7 @@ def lenet(setting: Setting) -> list[Check]:
         words = "/".join(f"{100 * share:.1f}" for share in got.values())
         paper = "/".join(f"{100 * expected[k]:.1f}" for k in got)
         checks.append(Check(f"weights left after rounds {'/'.join(map(str, got))}, %", paper, words, exact))
-    mean, _, words = interval(_sooner(found, 0.211), spec="+.0f")
+    mean, _, words = interval(sooner(found, 0.211), spec="+.0f")
     checks.append(setting.check("early stop of the 21 % ticket, sooner by % (at least 20)", "38", words, mean >= 0.2))
     mean, _, words = interval(gaps(found, 0.135))
     checks.append(setting.check("13.5 % ticket less dense, points (not below 0)", "+0.3", words, mean >= 0))
@@ -122,14 +50,23 @@ def lenet(setting: Setting) -> list[Check]:
     return checks
 
 
+# Best accuracy and earliest stop of tickets (arXiv:1803.03635, section 3): weights left %, points or share of dense.
+_CONV = {
+    "conv2": {"accuracy": [(4.6, 3.4)], "stop": [(8.8, 1 / 3.5)]},
+    "conv4": {"accuracy": [(11.1, 3.5)], "stop": [(9.2, 1 / 3.5)]},
+    "conv6": {"accuracy": [(26.4, 3.3)], "stop": [(15.1, 1 / 2.5)]},
+}
+
+
 def _conv(setting: Setting, name: str, density: float, gain: str, faster: str) -> list[Check]:
-    iterations = setting.pick(4, {"conv2": 4000, "conv4": 5000, "conv6": 6000}[name], models.recipe(name).iterations)
-    rounds = setting.pick(1, 11, 20)
+    iterations = setting.pick(4, {"conv2": 1500, "conv4": 2500, "conv6": 3000}[name], models.recipe(name).iterations)
+    rounds, every = setting.pick((1, 1), (3, 10 / 3), (20, 1))  # short: the paper's first ten rounds in three
     data, model = setting.pick(("digits", "digits-conv"), ("cifar10", name), ("cifar10", name))
-    training = _training(model, iterations)
-    if setting.scale == "smoke":
-        training = replace(training, eval_every=iterations)
-    found = search(setting, model, data, rounds, training, setting.seeds or setting.pick(1, 1, 5), ["reinit", "random"])
+    training = replace(scaled(model, iterations), eval_every=setting.pick(iterations, 150, 100))
+    seeds, below = setting.seeds or setting.pick(1, 1, 5), setting.pick(1.0, 1.3 * density, 1.0)
+    controls = ["reinit", "random"]
+    found = search(setting, model, data, rounds, training, seeds, controls, every=every, below=below)
+    figure(setting, f"{name} on CIFAR-10", found, _CONV[name])
     checks = []
     mean, _, words = interval(gaps(found, density))
     claim = f"{100 * density:.0f} % ticket less dense, points (not below 0)"
@@ -137,7 +74,7 @@ def _conv(setting: Setting, name: str, density: float, gain: str, faster: str) -
     for control in ("reinit", "random"):
         mean, _, words = interval(gaps(found, density, control))
         checks.append(setting.check(f"ticket less {control} there, points", "above 0", words, mean > 0))
-    mean, _, words = interval(_sooner(found, density), spec="+.0f")
+    mean, _, words = interval(sooner(found, density), spec="+.0f")
     checks.append(setting.check("early stop there, sooner by %", faster, words, mean > 0))
     return checks
 
@@ -160,21 +97,33 @@ def conv6(setting: Setting) -> list[Check]:
     return _conv(setting, "conv6", 0.15, "up to +3.3", "up to 60")
 
 
-def _deep(setting: Setting, name: str, density: float, k: int, source_gap: str) -> list[Check]:
+def _draw_deep(setting: Setting, name: str, results: dict[str, list[dict]], band: tuple[float, float]) -> None:
+    curves = []
+    for rewind, found in results.items():
+        densities = [100 * row["density"] for row in found[0]["rounds"]]
+        runs = [[100 * (r["test_accuracy"] - s["rounds"][0]["test_accuracy"]) for r in s["rounds"]] for s in found]
+        curves.append(over_seeds(f"rewound to {rewind}", densities, runs))
+    curves.append(Curve("matching in the paper, late rewinding", list(band), [0.0, 0.0], paper=True))
+    draw(setting.out, name, [Panel("", "accuracy less dense (points)", curves, densities=True, level=0.0)])
+
+
+def _deep(setting: Setting, name: str, density: float, k: int, band: tuple[float, float]) -> list[Check]:
     """Global pruning with late rewinding against rewinding to the start (arXiv:1912.05671)."""
     iterations = setting.pick(6, models.recipe(name).iterations // 5, models.recipe(name).iterations)
     rounds, data = setting.pick(1, 10, 18), setting.pick("digits", "cifar10", "cifar10")
     model = setting.pick("digits-conv", name, name)
-    training = replace(_training(model, iterations), warmup=0)
+    training = replace(scaled(model, iterations), warmup=0)
     late = max(1, k * iterations // models.recipe(name).iterations)
     seeds, results = setting.seeds or setting.pick(1, 1, 3), {}
     for rewind in ("init", f"{late}it"):
         own = replace(setting, out=setting.out / rewind)
         results[rewind] = search(own, model, data, rounds, training, seeds, rewind=rewind)
+    _draw_deep(setting, name, results, band)
     first, after = (gaps(found, density) for found in results.values())
     mean, _, words = interval(after)
     claim = f"rewound to step {late}: {100 * density:.0f} % ticket less dense, points (at least -0.5)"
-    checks = [setting.check(claim, source_gap, words, mean >= -0.005)]
+    reported = f"within 0.2 ({band[0]:g} to {band[1]:g} %)"
+    checks = [setting.check(claim, reported, words, mean >= -0.005)]
     mean, _, words = interval([a - b for a, b in zip(after, first, strict=True)])
     checks.append(setting.check("late rewinding less rewinding to the start, points", "above 0", words, mean > 0))
     return checks
@@ -186,10 +135,10 @@ _LATE = "Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothe
 @recipe("resnet20", _LATE)
 def resnet20(setting: Setting) -> list[Check]:
     """ResNet-20 on CIFAR-10, global pruning: tickets exist when rewound to step 500, not to the start."""
-    return _deep(setting, "resnet20", 0.168, 500, "within 0.2 (80 to 13.4 %)")
+    return _deep(setting, "resnet20", 0.168, 500, (80.0, 13.4))
 
 
 @recipe("vgg16", _LATE)
 def vgg16(setting: Setting) -> list[Check]:
     """VGG-16 on CIFAR-10, global pruning: tickets exist when rewound to step 1000, not to the start."""
-    return _deep(setting, "vgg16", 0.134, 1000, "within 0.2 (16.8 to 1.2 %)")
+    return _deep(setting, "vgg16", 0.134, 1000, (16.8, 1.2))
