@@ -5,8 +5,9 @@
 Masks are of two kinds. ``joined``: channels are ranked by magnitude, and the layers that a residual sum joins
 keep the same ones. ``independent``: every layer ranks its own, so sums keep the union; what is left of their dead
 rows is for the ``compact`` format. Batch norms have the statistics and shifts of a network that was trained
-(random ones, so that dead channels hold constants). Times are medians of interleaved runs in eval mode, dense being
-the better of contiguous and channels_last, of the network before and after.
+(random ones, so that dead channels hold constants). Times are medians of interleaved runs in eval mode, the better of
+contiguous and channels_last each: of the network before, compact, compact and fused (batch norms folded), and of a
+dense network built with the compact one's widths.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparsekit as sk
 from sparsekit import models
 from sparsekit.bench import environment
+from sparsekit.nn.bordered import BorderedConv2d
 from sparsekit.plan import measure
 
 
@@ -63,6 +65,16 @@ def flops(model: nn.Module, x: Tensor) -> int:
     return counter.get_total_flops()
 
 
+def native(small: nn.Module) -> nn.Module:
+    """The dense network of a compact one's widths, as if it had been built so: what torch can reach at most."""
+    small = copy.deepcopy(small)
+    for module in small.modules():
+        if isinstance(module, BorderedConv2d):
+            del module.edge
+            module.__class__ = nn.Conv2d
+    return small
+
+
 def thunks(name: str, model: nn.Module, x: Tensor) -> dict:
     """The model in both memory formats."""
     found = {}
@@ -98,17 +110,20 @@ def main() -> None:
             wanted = cut.original.double()(x.double())
             error = float((cut.model(x) - wanted).norm() / wanted.norm())
         cut.original.float()
-        times = measure(thunks("dense", model, x) | thunks("compact", cut.model, x), args.seconds)
-        dense, small = (min(us for name, us in times.items() if name.startswith(k)) for k in ("dense", "compact"))
-        work = flops(model, x) / flops(cut.model, x)
+        nets = {"dense": model, "compact": cut.model, "fused": sk.fuse(cut.model), "native": native(cut.model)}
+        named = [thunks(name, net, x) for name, net in nets.items()]
+        times = measure({name: thunk for each in named for name, thunk in each.items()}, args.seconds)
+        best = {name: min(us for key, us in times.items() if key.startswith(f"{name},")) for name in nets}
+        work = flops(model, x) / flops(nets["native"], x)
         count = [sum(p.numel() for p in m.parameters()) for m in (model, cut.model)]
-        rows.append({"masks": kind, "flop_ratio": work, "time_ratio": dense / small, "of_ideal": dense / small / work,
-                     "error": error, "parameters": count, "us": times})  # fmt: skip
-        print(
-            f"{kind:11s}  {dense / 1e3:.2f} ms -> {small / 1e3:.2f} ms: {dense / small:.2f}x of {work:.2f}x fewer "
-            f"operations ({dense / small / work:.2f}), {count[0] / count[1]:.1f}x fewer parameters, error {error:.1e}",
-            flush=True,
-        )
+        ratio = {name: best["dense"] / us for name, us in best.items()}
+        rows.append({"masks": kind, "flop_ratio": work, "time_ratio": ratio, "error": error, "note": cut.note,
+                     "parameters": count, "us": times})  # fmt: skip
+        print(f"{kind}: {work:.2f}x fewer operations, {count[0] / count[1]:.1f}x fewer parameters, error {error:.1e}; "
+              f"dense {best['dense'] / 1e3:.2f} ms; {cut.note}")  # fmt: skip
+        for name in ("compact", "fused", "native"):
+            share = f"{ratio[name] / work:.2f} of the ratio of operations"
+            print(f"  {name:8s} {best[name] / 1e3:6.2f} ms {ratio[name]:6.2f}x, {share}", flush=True)
     if args.json:
         asked = {name: value for name, value in vars(args).items() if name != "json"}
         args.json.write_text(json.dumps({"environment": environment(), "asked": asked, "rows": rows}, indent=1))

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparsekit as sk
+from sparsekit.nn import compaction
+from sparsekit.nn.bordered import BorderedConv2d
 
 
 class Net(nn.Module):
@@ -136,9 +138,18 @@ def rows(cut):
     return {c.name: c.after[0] for c in cut.layers}
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Times in which maps of constants win, or not."""
+    times = {"carried": 2.0, "mapped": 1.0}
+    monkeypatch.setattr(compaction, "compare", lambda *a: dict(times))
+    return times
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(net=nets, share=st.sampled_from([0.3, 0.6, 0.9]), seed=st.integers(0, 999), whole=st.booleans())
-def test_random_networks(net, share, seed, whole):
+def test_random_networks(clock, net, share, seed, whole):
+    clock["mapped"] = 1.0 + 2 * (seed % 2)
     torch.manual_seed(seed)
     model = settle(Net(**net), seed).double()
     masks = random_masks(model, share, seed, whole)
@@ -199,7 +210,8 @@ def test_constants_go_into_the_next_bias():
     close(cut.expand()[2].bias, model[2].bias + 1)
 
 
-def test_a_constant_under_zero_padding_stays_or_is_carried():
+def test_a_constant_under_zero_padding_stays_or_is_carried(clock):
+    clock["mapped"] = 2.0
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 3, padding=1)).double()
     nn.init.constant_(model[0].bias, 0.5)
     masks = {"0.weight": channel(torch.ones(6, 2, 1, 1, dtype=torch.bool), [0])}
@@ -216,6 +228,50 @@ def test_a_constant_under_zero_padding_stays_or_is_carried():
     cut = sk.compact(model, masks, x)
     assert rows(cut)["0"] == 1
     close(cut.model(x), cut.original(x))
+
+
+def test_constants_under_zero_padding_become_maps(clock):
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=2, padding=1),
+        nn.Conv2d(4, 3, 3, padding=2, bias=False),
+    ).double()  # fmt: skip
+    nn.init.constant_(model[0].bias, 0.5)
+    masks = {"0.weight": channel(torch.ones(6, 2, 1, 1, dtype=torch.bool), [0]), "2.weight": torch.ones(4, 6, 3, 3) > 0}
+    x = torch.randn(2, 2, 7, 5, dtype=torch.float64)
+    cut = sk.compact(model, masks, x, inference=True)
+    assert rows(cut) == {"0": 1, "2": 4, "3": 3} and isinstance(cut.model[2], BorderedConv2d)
+    assert "constants under zero padding are added as maps: maps are 2.00x as fast" in str(cut)
+    fast = sk.convert(cut.model, cut.masks, impl="csr")
+    for size in ((7, 5), (4, 9), (7, 5)):
+        x = torch.randn(2, 2, *size, dtype=torch.float64)
+        for net in (cut.model, copy.deepcopy(cut.model), fast, torch.fx.symbolic_trace(cut.model)):
+            close(net(x), cut.original(x))
+            with torch.no_grad():
+                close(net(x), cut.original(x))
+                close(net(x), cut.original(x))
+    same_state(cut.expand(), cut.original)
+    same_state(cut.expand(fast), cut.original)
+    assert sk.regroup(cut.model, cut.masks, x).problem == ""
+    with torch.no_grad():
+        program = torch.export.export(cut.model, (x,))
+        close(program.module()(x), cut.original(x))
+
+
+def test_a_layer_with_holes_carries_its_constants(clock):
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 3, padding=1)).double()
+    nn.init.constant_(model[0].bias, 0.5)
+    masks = {"0.weight": channel(torch.ones(6, 2, 1, 1, dtype=torch.bool), [0, 1])}
+    masks["2.weight"] = torch.arange(3 * 6 * 9).view(3, 6, 3, 3) > 0
+    cut = sk.compact(model, masks, torch.randn(1, 2, 4, 4, dtype=torch.float64), inference=True)
+    assert type(cut.model[2]) is nn.Conv2d and rows(cut)["0"] == 3 and cut.note == ""
+
+
+def test_the_choice_is_measured():
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 3, padding=1))
+    nn.init.constant_(model[0].bias, 0.5)
+    masks = {"0.weight": channel(torch.ones(6, 2, 1, 1, dtype=torch.bool), [0])}
+    cut = sk.compact(model, masks, torch.randn(2, 2, 8, 8), inference=True)
+    assert rows(cut)["0"] == 1 + (type(cut.model[2]) is nn.Conv2d) and "x as fast" in cut.note
 
 
 def test_a_norm_that_differs_in_training_keeps_its_channel():

@@ -6,6 +6,8 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit import format as formats
+from sparsekit.nn import compaction
+from sparsekit.nn.bordered import BorderedConv2d
 from sparsekit.nn.fuse import Applied
 
 
@@ -122,3 +124,33 @@ def test_training_mode_is_refused():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     with pytest.raises(ValueError, match="Expected a model in eval mode"):
         sk.fuse(sk.convert(model, sk.prune(model, 0.5), impl="csr"))
+
+
+def test_norms_after_plain_convolutions_are_folded_too():
+    x = torch.randn(2, 3, 6, 5)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 3, bias=False),
+                          nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))  # fmt: skip
+    model = settled(model, x)
+    torch.nn.utils.prune.random_unstructured(model[3], "weight", 0.5)
+    tied = nn.ModuleList([nn.Conv2d(4, 4, 1)])
+    tied[0].weight = model[5].weight
+    before = tied[0].weight.detach().clone()
+    fused = sk.fuse(model, inplace=True)
+    assert [type(module) for module in fused][1::2] == [nn.Identity, nn.Conv2d, nn.Conv2d]
+    assert type(fused[4]) is nn.BatchNorm2d and type(fused[6]) is nn.Identity
+    assert torch.equal(tied[0].weight, before)
+
+
+def test_folding_a_map_of_constants(monkeypatch):
+    monkeypatch.setattr(compaction, "compare", lambda *a: {"carried": 2.0, "mapped": 1.0})
+    x = torch.randn(2, 3, 6, 5)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+    model = settled(model, x)
+    nn.init.constant_(model[0].bias, 0.5)
+    mask = torch.ones(8, 3, 1, 1) > 0
+    mask[2:] = False
+    cut = sk.compact(model, {"0.weight": mask}, x, inference=True)
+    fused = sk.fuse(cut.model)
+    assert isinstance(fused[2], BorderedConv2d) and type(fused[3]) is nn.Identity
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), cut.original(x), rtol=1e-4, atol=1e-5)

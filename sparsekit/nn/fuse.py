@@ -1,4 +1,4 @@
-"""fuse: batch norms folded into sparse layers, activations made part of products, linear layers made one call."""
+"""fuse: batch norms folded into convolutions, activations made part of products, linear layers made one call."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from .base import SparseModule
+from .bordered import BorderedConv2d
 from .chain import Done, link
 from .conv import SparseConv2d
 from .linear import SparseLinear
+from .operations import hooked
 
 __all__ = ["Applied", "Shortened", "fuse"]
 
-_LAYERS = (SparseLinear, SparseConv2d)
+_CONVOLUTIONS = (SparseConv2d, nn.Conv2d, BorderedConv2d)
 
 
 class Applied(nn.Module):
@@ -48,7 +50,7 @@ _PASSED = (Applied, Done, nn.Identity)
 def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Make inference of a converted model cheaper: fold batch norms, fuse activation modules.
 
-    A sparse convolution whose output goes to one ``nn.BatchNorm2d`` alone takes over its scale and shift
+    A convolution, sparse or not, whose output goes to one ``nn.BatchNorm2d`` alone takes over its scale and shift
     (the same function up to rounding). A sparse layer whose output goes to one ``nn.ReLU``, ``nn.GELU()``
     or ``nn.SiLU`` alone applies it itself, inside the kernel where the format's kernels can. Linear layers that
     then follow each other run as one call without a gradient, on the CPU, where that measured faster on the batch
@@ -82,8 +84,10 @@ class _Untraceable(Exception):
 def _fold(model: nn.Module, layer: SparseModule, path: str) -> None:
     norm = model.get_submodule(path)
     # Not BatchNorm1d: after a linear layer it may normalise any axis of a sequence.
-    if type(layer) is not SparseConv2d or type(norm) is not nn.BatchNorm2d or layer.activation != "none":
+    if type(layer) not in _CONVOLUTIONS or type(norm) is not nn.BatchNorm2d or hooked(norm):
         return
+    if getattr(layer, "activation", "none") != "none" or not {"weight", "values"} & layer._parameters.keys():
+        return  # a weight under torch.nn.utils.prune or weight_norm is made anew in every call
     if norm.running_mean is None or norm.training:
         return
     with torch.no_grad():
@@ -93,16 +97,22 @@ def _fold(model: nn.Module, layer: SparseModule, path: str) -> None:
         shift = shift if norm.bias is None else shift + norm.bias
         if layer.bias is not None:
             shift = shift + layer.bias * scale
-        weight = layer.weight.to(scale.dtype) * scale.view(-1, 1, 1, 1)
-        layer.values.copy_(layer.pack(weight.to(layer.values.dtype)))
-        layer.bias = nn.Parameter(shift.to(layer.values.dtype), requires_grad=layer.values.requires_grad)
+        weight, dtype = layer.weight.to(scale.dtype) * scale.view(-1, 1, 1, 1), layer.weight.dtype
+        if isinstance(layer, SparseModule):
+            layer.values.copy_(layer.pack(weight.to(dtype)))
+        else:
+            layer.weight = nn.Parameter(weight.to(dtype), layer.weight.requires_grad)
+        if isinstance(layer, BorderedConv2d):
+            layer.edge.mul_(scale.view(-1, 1, 1))
+        trained = next(layer.parameters()).requires_grad
+        layer.bias = nn.Parameter(shift.to(dtype), requires_grad=trained)
     model.set_submodule(path, nn.Identity())
 
 
 def _activate(model: nn.Module, layer: SparseModule, path: str) -> None:
     activation = model.get_submodule(path)
     name = _name(activation)
-    if name is not None and layer.activation == "none" and not activation._forward_hooks:
+    if name is not None and getattr(layer, "activation", "") == "none" and not activation._forward_hooks:
         layer.activation = name
         model.set_submodule(path, Applied(activation))
 
@@ -115,7 +125,7 @@ def _name(module: nn.Module) -> str | None:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        return isinstance(module, SparseModule) or super().is_leaf_module(module, path)
+        return isinstance(module, SparseModule | BorderedConv2d) or super().is_leaf_module(module, path)
 
 
 def _pairs(model: nn.Module) -> list[tuple[SparseModule, str]]:
@@ -145,6 +155,6 @@ def _traced(model: nn.Module) -> Iterator[tuple[SparseModule, str]]:
                 break
             reader = next(iter(reader.users))
         alone = reader.op == "call_module" and calls[reader.target] == 1 and reader.args[:1] != ()
-        if type(layer) in _LAYERS and alone:
+        if type(layer) in (SparseLinear, *_CONVOLUTIONS) and alone:
             yield layer, reader.target
 

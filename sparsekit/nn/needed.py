@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import numpy as np
 
@@ -14,8 +14,9 @@ __all__ = ["Needed"]
 class Needed:
     """Which classes stay: those that are fixed, and whatever the ones that stay read, until nothing changes."""
 
-    def __init__(self, units: Units, inference: bool) -> None:
-        self.units = units
+    def __init__(self, units: Units, inference: bool, maps: Set[Layer] = frozenset()) -> None:
+        """``maps`` are the layers that can add what constant columns give as a map."""
+        self.units, self.maps = units, maps
         self.classes = np.zeros(max(units.count, 1), bool)
         self._steps: list[Callable[[Layer], None]] = []
         self.why: dict[int, str] = {}
@@ -29,7 +30,7 @@ class Needed:
         self.moves = {n: np.isnan(self.const[n]) & ~np.isnan(consts).any(0) for n, consts in calls.items()}
         self.merged = {}
         for layer, const in self.const.items():
-            folds = not layer.bordered and layer.module.bias is not None
+            folds = layer in maps or (not layer.bordered and layer.module.bias is not None)
             self.merged[layer] = (const != 0) & ~np.isnan(const) & (not folds and inference and layer.groups == 1)
         for name, reason in units.reasons.items():
             self.classes[name] = True
@@ -56,9 +57,10 @@ class Needed:
                 self.why[int(name)] = reason
 
     def folds(self, layer: Layer) -> np.ndarray:
-        """Columns whose constant is 0 or goes into the bias."""
+        """Columns whose constant is 0 or goes into the bias, or a map."""
         const = self.const[layer]
-        return (const == 0) | ~np.isnan(const) & (not layer.bordered and layer.module.bias is not None)
+        somewhere = layer in self.maps or (not layer.bordered and layer.module.bias is not None)
+        return (const == 0) | ~np.isnan(const) & somewhere
 
     def _read(self, layer: Layer) -> None:
         const, merged = self.const[layer], self.merged[layer]

@@ -111,7 +111,7 @@ def regroup(
         original,
         example_inputs,
         lambda inputs: read_units(original, masks, inputs, (False, True)),
-        lambda units: _reorder(original, masks, units, rows),
+        lambda units, _: _reorder(original, masks, units, rows),
     )
     if result is None:
         problem = f"no row is moved, {problem}"

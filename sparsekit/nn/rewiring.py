@@ -29,8 +29,8 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Tensor] | None) -> tuple[n
     return dense, {name: mask.detach().clone() for name, mask in masks.items()}
 
 
-def rewired(original: nn.Module, inputs: Any, read: Callable[[Any], Units], build: Callable[[Units], Any]):
-    """``build(read(inputs))`` when its ``model`` gives the outputs of ``original``, else None; and why not.
+def rewired(original: nn.Module, inputs: Any, read: Callable[[Any], Units], build: Callable[[Units, Any], Any]):
+    """``build(read(inputs), inputs)`` when its ``model`` gives the outputs of ``original``, else None; and why not.
 
     ``inputs`` None stands for a batch that the model takes.
     """
@@ -41,7 +41,7 @@ def rewired(original: nn.Module, inputs: Any, read: Callable[[Any], Units], buil
         except Untraceable as error:
             problem = problem or f"torch.fx cannot trace {type(original).__name__} ({error})"
             continue
-        result = build(units)
+        result = build(units, given)
         problem = _differs(original, result.model, given)
         if not problem:
             return result, ""
