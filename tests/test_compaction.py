@@ -146,7 +146,7 @@ def clock(monkeypatch):
     return times
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(net=nets, share=st.sampled_from([0.3, 0.6, 0.9]), seed=st.integers(0, 999), whole=st.booleans())
 def test_random_networks(clock, net, share, seed, whole):
     clock["mapped"] = 1.0 + 2 * (seed % 2)

@@ -160,3 +160,26 @@ def test_bad_arguments_of_refill():
         sk.refill({"w": torch.full((4, 4), float("nan"))}, {"w": mask}, "block:2x1")
     with pytest.raises(ValueError, match="Expected a pattern"):
         sk.refill({"w": torch.randn(4, 4)}, {"w": mask}, "vector")
+
+
+def test_norms_without_weights_and_modules_under_two_names_move_once():
+    model = nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(24, affine=False), nn.ReLU(), nn.Linear(24, 3)).eval()
+    nn.init.normal_(model[1].running_mean)
+    model, masks = Twice(model), {"body.0.weight": torch.rand(24, 16) < 0.3}
+    grouping = sk.regroup(model, masks, torch.randn(4, 16))
+    dense, _ = masked_copy(model, masks)
+    assert grouping.problem == "" and any(not layer.reason for layer in grouping.layers)
+    same_state(grouping.restore(), dense)
+    same_state(grouping.permute(dense), grouping.model)
+
+
+class Twice(nn.Module):
+    """A body whose layers have a second name."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.again = self.body[0]
+
+    def forward(self, x):
+        return self.body(x)

@@ -112,7 +112,8 @@ def compact(
 
     A row, channel or column goes when nothing that survives reads it, or when nothing that varies feeds it: the
     constant it holds is then 0, or is added to the next bias. Units that a residual sum, a concatenation or a view
-    ties together go together or stay. Who feeds whom is read by ``torch.fx``; in a model that it cannot trace
+    ties together go together or stay. Who feeds whom is read by ``torch.fx``, or, where that cannot trace the model,
+    by ``torch.export`` on the path that ``example_inputs`` take (``note`` says so). In a model that neither can read
     nothing is cut, with a warning: :func:`convert` still cuts layer by layer (``compact`` format).
 
     Args:
@@ -134,7 +135,7 @@ def compact(
     result, problem = rewired(
         original,
         example_inputs,
-        lambda inputs: read_units(original, masks, inputs, (False,) if inference else (False, True)),
+        lambda inputs, given: read_units(original, masks, inputs, (False,) if inference else (False, True), given),
         lambda units, given: _fastest(original, masks, units, inference, given),
     )
     if result is None:
@@ -160,7 +161,7 @@ def _fastest(original: nn.Module, masks: Masks, units: Units, inference: bool, i
     ratio = times["carried"] / times["mapped"]
     best = mapped if ratio > NOISE else carried
     how = "added as maps" if best is mapped else "carried by a channel per layer"
-    best.note = f"constants under zero padding are {how}: maps are {ratio:.2f}x as fast"
+    best.note += "; " * bool(best.note) + f"constants under zero padding are {how}: maps are {ratio:.2f}x as fast"
     return best
 
 
@@ -184,7 +185,7 @@ def _left(masks: Masks, layer: Layer, needed: Needed) -> Tensor:
 
 def _cut(original: nn.Module, masks: Masks, units: Units, needed: Needed) -> Compaction:
     model = copy.deepcopy(original)
-    result = Compaction(model, dict(masks), (), original=original, original_masks=masks)
+    result = Compaction(model, dict(masks), (), note=units.note, original=original, original_masks=masks)
     copies, names = dict(zip(map(id, original.modules()), model.modules(), strict=True)), prefixes(original)
     cuts = []
     for layer in units.layers.values():

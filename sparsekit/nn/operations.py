@@ -86,6 +86,11 @@ def named(kind: str, target: Any) -> tuple[str, Callable]:
         name = type(target).__name__
         name = _MODULES.get(name) or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
         return name, target
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.partition("::")[2].removesuffix("_")
+        return name, Tensor.reshape if name in ("view", "_unsafe_view") else target
+    if kind == "call_method" and target == "view":
+        return target, Tensor.reshape
     if kind == "call_method":
         return target.removesuffix("_"), lambda t, *args, **kwargs: getattr(t, target)(*args, **kwargs)
     owner = getattr(target, "__module__", None) or ""
@@ -106,6 +111,8 @@ def inplace(node: fx.Node, name: str, target: Any) -> bool:
         return bool(getattr(target, "inplace", False))
     if node.op == "call_method":
         return node.target.endswith("_")
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.endswith("_")
     own = getattr(node.target, "__name__", "")
     flag = node.kwargs.get("inplace", name in ELEMENTWISE | DROPOUT and True in node.args[1:])
     return bool(flag) or own in ("iadd", "isub", "imul", "itruediv") or own.endswith("_")

@@ -31,8 +31,12 @@ def keep_order(model: nn.Module, index: Mapping[str, Index]) -> None:
 
 def layers_of(index: Mapping[str, Index]) -> dict[str, Index]:
     """Per layer where its rows came from, and the columns of its weight, from the index of a state dict."""
-    pairs = ((name.rpartition("."), parts) for name, parts in index.items())
-    return {path: tuple(part.flatten() for part in parts) for (path, _, leaf), parts in pairs if leaf == "weight"}
+    layers: dict[str, Index] = {}
+    for name, parts in index.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" or path not in layers:  # a norm may have no weight
+            layers[path] = tuple(part.flatten() for part in parts)
+    return layers
 
 
 def _refuse_others(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *rest) -> None:

@@ -38,14 +38,16 @@ class Regrouping:
     """What :func:`regroup` returns.
 
     ``model`` is a plain copy of the network with rows in a better order and ``masks`` are its masks; ``layers``
-    says what was gained, ``problem`` why nothing could be (else ``""``). ``str()`` gives the table. :meth:`permute`
-    brings another network of the architecture into this order (the weights to rewind to), :meth:`restore` back.
+    says what was gained, ``note`` how the graph was read, ``problem`` why nothing could be (else ``""``). ``str()``
+    gives the table. :meth:`permute` brings another network of the architecture into this order (the weights to rewind
+    to), :meth:`restore` back.
     """
 
     model: nn.Module
     masks: Masks
     layers: tuple[Regrouped, ...] = ()
     problem: str = ""
+    note: str = ""
     index: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """Per entry of the state dict where each of its elements comes from; entries without one keep their order."""
 
@@ -86,7 +88,8 @@ class Regrouping:
         ]
         lines = [("layer", "columns read by a panel", "gain, or why not"), *lines]
         widths = [max(len(line[i]) for line in lines) for i in range(2)]
-        return "\n".join(f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in lines)
+        table = [f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in lines]
+        return "\n".join([*table, self.note] if self.note else table)
 
 
 def regroup(
@@ -98,8 +101,9 @@ def regroup(
     """Order the rows of every layer so that panels of ``rows`` outputs share columns; the same function, exactly.
 
     The order of a layer's outputs is folded into whatever reads them (the next layer's columns, batch norms, the
-    other layers of a residual sum). Outputs of the model, and units that ``torch.fx`` does not see through, keep
-    their order, and so does a layer that greedy clustering (:func:`sparsekit.panels.row_order`) does not help.
+    other layers of a residual sum). Outputs of the model, and units that ``torch.fx`` (or ``torch.export``) does not
+    see through, keep their order, and so does a layer that greedy clustering (:func:`sparsekit.panels.row_order`) does
+    not help.
 
     Args: ``masks`` and ``example_inputs`` as in :func:`sparsekit.compact`; ``rows`` is 8 or 16, the height of the
     panels or vectors to come. Raises: ValueError or TypeError naming the layer on bad arguments.
@@ -110,7 +114,7 @@ def regroup(
     result, problem = rewired(
         original,
         example_inputs,
-        lambda inputs: read_units(original, masks, inputs, (False, True)),
+        lambda inputs, given: read_units(original, masks, inputs, (False, True), given),
         lambda units, _: _reorder(original, masks, units, rows),
     )
     if result is None:
@@ -143,7 +147,7 @@ def _reorder(original: nn.Module, masks: Masks, units: Units, rows: int) -> Regr
             old = panel_union(own, rows)
             new = old if reason else panel_union(own[order.to(own.device)], rows)
             lines[layer.name] = Regrouped(layer.name or type(layer.module).__name__, old, new, reason)
-    result = Regrouping(model, dict(masks), tuple(lines.values()))
+    result = Regrouping(model, dict(masks), tuple(lines.values()), note=units.note)
     copies, names = dict(zip(map(id, original.modules()), model.modules(), strict=True)), prefixes(original)
     for layer in units.layers.values():
         index = [torch.from_numpy(order) for order in orders[id(layer)]]

@@ -29,17 +29,17 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Tensor] | None) -> tuple[n
     return dense, {name: mask.detach().clone() for name, mask in masks.items()}
 
 
-def rewired(original: nn.Module, inputs: Any, read: Callable[[Any], Units], build: Callable[[Units, Any], Any]):
-    """``build(read(inputs), inputs)`` when its ``model`` gives the outputs of ``original``, else None; and why not.
+def rewired(original: nn.Module, inputs: Any, read: Callable[[Any, bool], Units], build: Callable[[Units, Any], Any]):
+    """``build(read(inputs, …), inputs)`` when its ``model`` gives the outputs of ``original``, else None; and why not.
 
-    ``inputs`` None stands for a batch that the model takes.
+    ``inputs`` None stands for a batch that the model takes; ``read`` is told whether inputs were given.
     """
     problem = ""
     for given in [inputs] if inputs is not None else _guesses(original):
         try:
-            units = read(given)
+            units = read(given, inputs is not None)
         except Untraceable as error:
-            problem = problem or f"torch.fx cannot trace {type(original).__name__} ({error})"
+            problem = problem or str(error)
             continue
         result = build(units, given)
         problem = _differs(original, result.model, given)

@@ -63,6 +63,7 @@ class Units:
         self._fixed: list[tuple[np.ndarray, str]] = []
         self.classes = np.zeros(0, int)
         self.reasons: dict[int, str] = {}
+        self.note = ""
 
     def new(self, count: int) -> np.ndarray:
         """Numbers for ``count`` more units."""

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from . import operations as op
+from .exported import exported
 from .units import Layer, Read, Units
 
 __all__ = ["Untraceable", "read_units"]
@@ -29,10 +30,13 @@ class Value(NamedTuple):
     const: np.ndarray
 
 
-def read_units(model: nn.Module, masks: Mapping[str, Tensor], inputs: Any, modes: tuple[bool, ...]) -> Units:
+def read_units(
+    model: nn.Module, masks: Mapping[str, Tensor], inputs: Any, modes: tuple[bool, ...], export: bool = True
+) -> Units:
     """The units of a plain model under masks, traced once per mode (True: training).
 
-    ``inputs``: a tensor, or a tuple or dict of arguments. Raises :class:`Untraceable`.
+    ``inputs``: a tensor, or a tuple or dict of arguments. A model that ``torch.fx`` cannot trace is read by
+    ``torch.export`` if ``export``, on the path that these inputs take. Raises :class:`Untraceable`.
     """
     units = Units()
     names: dict[int, str] = {}
@@ -42,18 +46,43 @@ def read_units(model: nn.Module, masks: Mapping[str, Tensor], inputs: Any, modes
     try:
         for mode in modes:
             model.train(mode)
-            graph = fx.Tracer().trace(model)
-            model.eval()
-            shapes = _Shapes(fx.GraphModule(model, graph))
-            shapes.run_fake(inputs)
-            _Walk(model, units, masks, names, shapes.got, mode).over(graph)
-    except Exception as error:  # fx raises whatever the traced code raises on its proxies
-        raise Untraceable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+            graph, got = _graph(model, inputs, units, export)
+            _Walk(model, units, masks, names, got, mode).over(graph)
+    except Untraceable:
+        raise
+    except Exception as error:  # of the walk
+        raise Untraceable(f"the units of {type(model).__name__} cannot be followed ({_said(error)})") from None
     finally:
         for module, flag in flags.items():
             module.training = flag
     units.close()
     return units
+
+
+def _graph(model: nn.Module, inputs: Any, units: Units, export: bool) -> tuple[fx.Graph, Mapping[fx.Node, Any]]:
+    """A graph of the model in its present mode, and what each node gives: by torch.fx, else by torch.export."""
+    training = model.training
+    try:
+        graph = fx.Tracer().trace(model)
+        model.eval()
+        shapes = _Shapes(fx.GraphModule(model, graph))
+        shapes.run_fake(inputs)
+        return graph, shapes.got
+    except Exception as error:  # fx raises whatever the traced code raises on its proxies
+        first = f"torch.fx cannot trace {type(model).__name__} ({_said(error)})"
+    if not export:
+        raise Untraceable(first)
+    try:
+        model.train(training)
+        found = exported(model, inputs)
+    except Exception as error:
+        raise Untraceable(f"{first}, nor can torch.export ({_said(error)})") from None
+    units.note = "read by torch.export, on the path that the inputs take"
+    return found
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 class _Shapes(fx.Interpreter):
