@@ -32,6 +32,8 @@ from .ticket.store import finished_rounds, round_path
 
 __all__ = ["plan"]
 
+_FACTORY = re.compile(r"[\w.]+:\w+")
+
 
 def plan(args: Namespace) -> Explanation:
     """Plan what ``args`` name, print the table, write the files asked for.
@@ -62,7 +64,7 @@ def plan(args: Namespace) -> Explanation:
 
 
 def _plan(args: Namespace, shape: tuple[int, ...]) -> Explanation:
-    model, masks = _model(args.source, shape)
+    model, masks = _model(args.source, shape, args.model)
     if args.sparsity is not None:
         masks = prune(model, args.sparsity, args.pattern)
     elif masks is None:
@@ -70,7 +72,8 @@ def _plan(args: Namespace, shape: tuple[int, ...]) -> Explanation:
     if all(bool(mask.all()) for mask in masks.values()):
         raise ValueError(f"{args.source}: Expected a pruned model, or --sparsity, got one without a pruned weight")
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(args.device, _dtype(model))
-    fast = convert(model.to(args.device), masks, x, args.training, inplace=True, plan_seconds=args.plan_seconds)
+    how = {"inplace": not args.regroup, "plan_seconds": args.plan_seconds, "regroup": args.regroup}
+    fast = convert(model.to(args.device), masks, x, args.training, **how)
     return explain(fast)
 
 
@@ -84,34 +87,40 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _model(source: str, shape: tuple[int, ...]) -> tuple[nn.Module, dict[str, Tensor] | None]:
+def _model(source: str, shape: tuple[int, ...], network: str | None) -> tuple[nn.Module, dict[str, Tensor] | None]:
     """The model, and its masks where the source holds any."""
     path = Path(source)
     if path.is_dir():
-        return _of_run(path, shape)
+        return _of_run(path, shape, network)
+    if network is not None:
+        raise ValueError(f"Expected --model beside a run directory, which may not name its own, got {source!r}")
     if path.suffix == ".pt2":
         if not path.is_file():
             raise FileNotFoundError(f"{path}: Expected a file of torch.export.save, got none")
         return _of_program(path), None
-    if re.fullmatch(r"[\w.]+:\w+", source):
+    if _FACTORY.fullmatch(source):
         return _of_factory(source), None
     raise ValueError(f"Expected MODEL.pt2, a run directory or module.path:factory, got {source!r}")
 
 
-def _of_run(run: Path, shape: tuple[int, ...]) -> tuple[nn.Module, dict[str, Tensor]]:
+def _of_run(run: Path, shape: tuple[int, ...], network: str | None) -> tuple[nn.Module, dict[str, Tensor]]:
     rounds = finished_rounds(run)
     if not rounds:
         raise FileNotFoundError(f"{run}: Expected a run with a finished round, got none")
-    config = read_json(run / "config.json")
     state, masks, _ = read_portable(round_path(run, rounds[-1]) / "trained.safetensors")
-    if "model" not in config:
-        raise ValueError(f"{run}: Expected a run of sparsekit ticket, which names its model; plan a factory's instead")
-    biases = [tensor for name, tensor in state.items() if tensor.dim() == 1]
-    model = models.build(str(config["model"]), classes=biases[-1].numel() if biases else 10, input_shape=shape[1:])
+    name = network or read_json(run / "config.json").get("model")
+    if name is None:
+        raise ValueError(f"{run}: Expected a run that names its model, or --model module.path:factory, got neither")
+    if network is not None and _FACTORY.fullmatch(network):  # never one that a file names
+        model = _of_factory(network)
+    else:
+        biases = [tensor for tensor in state.values() if tensor.dim() == 1]
+        model = models.build(str(name), classes=biases[-1].numel() if biases else 10, input_shape=shape[1:])
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{run}: Expected a ticket for inputs of {shape[1:]}, got another ({error})") from None
+        wanted = f"a ticket of {name} for inputs of {shape[1:]}"
+        raise ValueError(f"{run}: Expected {wanted}, got another's ({error})") from None
     return model.eval(), masks
 
 

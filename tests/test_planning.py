@@ -311,6 +311,23 @@ def test_plan_of_a_run(tmp_path, capsys):
     assert len(wrong) == 2 and "Expected" in wrong[0] and "Expected a run with a finished round" in wrong[1]
 
 
+def test_plan_of_a_run_from_python(here, tmp_path, capsys):
+    for round_ in sk.tickets(factory(), 1, 0.5, run_dir=tmp_path / "run"):
+        round_.record()
+    argv = ["plan", str(tmp_path / "run"), "--input", "4x3x8x8"]
+    assert main([*argv, "--model", "test_planning:factory", "--regroup"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.5" in printed and "natural order" in printed
+    assert main(argv) == 2
+    assert "Expected a run that names its model, or --model module.path:factory, got neither" in capsys.readouterr().err
+    config = json.loads((tmp_path / "run/config.json").read_text()) | {"model": "test_planning:factory"}
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    assert main(argv) == 2  # a name that a file gives is not imported
+    assert "Expected a model of lenet-300-100" in capsys.readouterr().err
+    assert main(["plan", "test_planning:factory", "--input", "4x3x8x8", "--model", "vgg11"]) == 2
+    assert "Expected --model beside a run directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
