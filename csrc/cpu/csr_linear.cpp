@@ -355,10 +355,12 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tens
     if (need.dbias) std::fill_n(dbias.data(), dy.features, T(0));
     return {dx, dvalues.finish(), dbias.finish()};
   }
-  const auto code = need.dx ? code_for<T>(key, true, t_lists, perm, dy.features, samples) : nullptr;
+  const bool in_place = MachineCode::reads_in_place(t_lists, dy.features);
+  const int32_t* known = in_place ? perm : nullptr;  // by machine code
+  const auto code = need.dx ? code_for<T>(key, true, t_lists, known, dy.features, samples) : nullptr;
   std::optional<Permuted<T>> permuted;
-  if (need.dx && !code) permuted.emplace(*values, perm, t_lists.nnz);
-  const T* in_place = code ? values_as<T>(*values) : nullptr;  // machine code knows the permutation
+  if (need.dx && !(code && in_place)) permuted.emplace(*values, perm, t_lists.nnz);
+  const T* dx_values = permuted ? permuted->data : need.dx ? values_as<T>(*values) : nullptr;
   std::optional<Matrix> dx_matrix;
   if (need.dx && x.features > 0) dx_matrix.emplace(dx);
 
@@ -387,9 +389,10 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy_tensor, const Tens
     });
     for_parts(parts, [&](int64_t part) {
       if (dx_matrix) {
-        if (!code) PanelProduct<T>{apart ? dx_panels : dy_panels, t_lists, permuted->data, {}, *dx_matrix}.run_part(parts, part);
+        const Panels<T>& panels = apart ? dx_panels : dy_panels;
+        if (!code) PanelProduct<T>{panels, t_lists, dx_values, {}, *dx_matrix}.run_part(parts, part);
         else if constexpr (std::is_same_v<T, float>)
-          CodeProduct{apart ? dx_panels : dy_panels, *code, in_place, {}, *dx_matrix}.run_part(parts, part);
+          CodeProduct{panels, *code, dx_values, {}, *dx_matrix}.run_part(parts, part);
       }
       if (need.dvalues)
         sddmm_span(dy_panels, x_panels, lists, cut(lists.nnz, parts, part, kLanes<T>), first > 0, dvalues.data());

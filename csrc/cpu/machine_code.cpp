@@ -8,8 +8,8 @@ namespace {
 // When code pays, in nanoseconds as measured on Zen 4 and rounded to caution. Per tile it saves some for every
 // survivor (more in the first, as other kernels favour wide batches), which must make up for each activation loaded,
 // and then for fetching the code itself, once per call; from farther away when a training step ran in between.
-constexpr double kSaved = 0.3, kSavedFirst = 0.15, kLoad = 0.38, kFetchByte = 0.05, kTrainingFactor = 2.0;
-constexpr int64_t kMostCode = 9 << 19;
+constexpr double kSaved = 0.33, kSavedFirst = 0.15, kLoad = 0.38, kFetchByte = 0.045, kTrainingFactor = 1.5;
+constexpr int64_t kMostCode = 10 << 20;
 
 constexpr int64_t kSurvivorBytes = 7, kLoadBytes = 7, kPieceBytes = 20 << 10;
 constexpr int64_t kLeastChunk = 512, kMostChunk = 1024;  // features of a piece of code
@@ -20,9 +20,10 @@ int64_t blocks_of(int64_t rows) { return (rows + MachineCode::kBlockRows - 1) / 
 
 // Whether code for these lists would pay: a function of sizes alone, so that equal calls give equal bits.
 bool pays(const Lists& lists, bool transposed, int64_t features, int64_t samples) {
+  const bool in_place = transposed && MachineCode::reads_in_place(lists, features);
   const double places = double(blocks_of(lists.rows) * features), nnz = double(lists.nnz);
   const double loads = meetings(nnz, places);
-  const double bytes = kSurvivorBytes * nnz + (transposed ? 2 : 1) * kLoadBytes * loads;
+  const double bytes = kSurvivorBytes * nnz + (in_place ? 2 : 1) * kLoadBytes * loads;
   const double fetch = kFetchByte * bytes * (transposed ? kTrainingFactor : 1);
   const double tiles = double((samples + MachineCode::kLanes - 1) / MachineCode::kLanes);
   return bytes <= double(kMostCode) && tiles * (kSaved * nnz - kLoad * loads) + kSavedFirst * nnz > fetch;
@@ -126,6 +127,11 @@ std::shared_ptr<const MachineCode> MachineCode::find(const Tensor& key, bool tra
         return std::shared_ptr<const MachineCode>(new MachineCode(lists, perm, transposed));
       });
   return code != nullptr && code->nnz_ == lists.nnz && code->outline_.describes(lists) ? code : nullptr;
+}
+
+bool MachineCode::reads_in_place(const Lists& lists, int64_t features) {
+  constexpr int64_t kNeighbours = 4;  // as measured on Zen 4 at 64 samples
+  return lists.nnz > kNeighbours * blocks_of(lists.rows) * features;
 }
 
 Span MachineCode::share(int64_t parts, int64_t part) const {

@@ -19,6 +19,10 @@ class MachineCode {
   static std::shared_ptr<const MachineCode> find(const Tensor& key, bool transposed, const Lists& lists,
                                                  const int32_t* perm, int64_t features, int64_t samples);
 
+  // Whether code for permuted lists should read the values where they lie. Those of one feature and block are
+  // neighbours there: enough of them pay for the cache line that they share, else gathering them all once is faster.
+  static bool reads_in_place(const Lists& lists, int64_t features);
+
   const CodePages& pages() const { return *pages_; }
   int64_t survivors() const { return nnz_; }
   int64_t blocks() const { return blocks_; }
