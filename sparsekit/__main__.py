@@ -1,4 +1,4 @@
-"""The command line: ``sparsekit info | ticket | report | plan | export | bench``."""
+"""The command line: ``sparsekit info | ticket | transfer | report | plan | export | bench``."""
 
 from __future__ import annotations
 
@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         help="controls beside each ticket, of reinit, random, shuffle, noise:SIGMAS, signs, linear (its tangent); "
         "named twice, trained twice",
     )  # fmt: skip
+    ticket.add_argument(
+        "--start", type=Path, metavar="FILE", help="first weights of a safetensors file: a network trained before"
+    )
     ticket.add_argument("--impl", default="auto", help="force one format: dense, compact or csr")
     ticket.add_argument("--seed", type=int, default=0)
     ticket.add_argument(
@@ -112,6 +115,25 @@ def _parser() -> argparse.ArgumentParser:
     stability.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     stability.add_argument("--json", type=Path, help="also write the curves to this file")
     stability.set_defaults(run=_stability)
+
+    transfer = commands.add_parser("transfer", help="train a run's ticket on other data or by another optimizer")
+    transfer.add_argument("source", metavar="RUN", type=Path)
+    transfer.add_argument("--round", type=int, help="which round's masks (default: the last finished)")
+    transfer.add_argument("--data", required=True, help="as for ticket")
+    transfer.add_argument("--data-dir", type=Path, help="where the data files are (default: $SPARSEKIT_DATA)")
+    transfer.add_argument("--model", help="the network there (default: the run's)")
+    transfer.add_argument("--exclude", nargs="*", default=[], help="layers that stay newly drawn and dense: fc3")
+    transfer.add_argument("--optimizer", choices=("adam", "sgd"), help="default: the recipe's")
+    transfer.add_argument("--lr", type=float, help="learning rate (default: the recipe's)")
+    length = transfer.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, help="length of each training in epochs")
+    length.add_argument("--iterations", type=int, help="length of each training in steps (default: the paper's)")
+    transfer.add_argument("--seed", type=int, default=0)
+    transfer.add_argument("--seeds", type=int, default=1, help="replicates; the verdict then has intervals")
+    transfer.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    transfer.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    transfer.add_argument("--json", type=Path, help="also write the runs to this file")
+    transfer.set_defaults(run=_transfer)
 
     report = commands.add_parser("report", help="write RUN/report.md with figures; of several runs one page")
     report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run, or folders of them")
@@ -200,6 +222,12 @@ def _stability(args: argparse.Namespace) -> None:
     from .ticket.command import stability
 
     stability(args)
+
+
+def _transfer(args: argparse.Namespace) -> None:
+    from .ticket.transfer_command import transfer_run
+
+    transfer_run(args)
 
 
 def _report(args: argparse.Namespace) -> None:

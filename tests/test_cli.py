@@ -320,3 +320,34 @@ def test_rewinding_to_the_first_stable_step(tmp_path, capsys):
     (tmp_path / "none" / "stability.json").write_text(json.dumps(found | {"stable_from": None}))
     search(tmp_path / "none", *how, code=2)
     assert "Expected --rewind auto to find a step that is stable to SGD noise, got none" in capsys.readouterr().err
+
+
+def test_a_ticket_moves_and_a_trained_network_is_a_start(tmp_path, capsys):
+    search(tmp_path / "run", "--rounds", "1", "--impl", "csr")
+    how = ["--data", "digits", "--iterations", str(STEPS), "--optimizer", "sgd", "--lr", "0.1", "--exclude", "fc2"]
+    file = tmp_path / "found.json"
+    assert main(["transfer", str(tmp_path / "run"), *how, "--seeds", "2", "--json", str(file)]) == 0
+    printed, found = capsys.readouterr().out, json.loads(file.read_text())
+    assert "sgd; newly drawn: fc2.bias, fc2.weight" in printed and f"verdict: {found['verdict']['word']}" in printed
+    assert {name: len(runs) for name, runs in found["runs"].items()} == {"dense": 2, "ticket": 2, "random": 2}
+    assert all(0.2 < run["test_accuracy"] <= 1 for runs in found["runs"].values() for run in runs)
+    for options, why in (
+        (["--round", "5"], "Expected a finished round 5, got none"),
+        (["--exclude", "fc9"], "Expected exclude to name parameters of the new model, got 'fc9'"),
+        (["--model", "conv2"], "with its name and shape in the new model"),
+    ):
+        assert main(["transfer", str(tmp_path / "run"), "--data", "digits", "--iterations", "2", *options]) == 2
+        assert why in capsys.readouterr().err
+    assert main(["transfer", str(tmp_path / "none"), "--data", "digits"]) == 2
+    assert "Expected a finished round, got none" in capsys.readouterr().err
+
+    trained = tmp_path / "run" / "round_00" / "trained.safetensors"
+    summary = search(tmp_path / "again", "--rounds", "1", "--impl", "csr", "--start", str(trained))
+    assert "newly drawn: none" in capsys.readouterr().out and len(summary["config"]["start"]) == 64
+    start = sk.ticket.solo.read_start(tmp_path / "again")
+    weights = sk.ticket.solo.read_round(tmp_path / "run", 0)[0]
+    assert all(torch.equal(start[name], tensor) for name, tensor in weights.items())
+    search(tmp_path / "again", "--rounds", "1", "--impl", "csr", code=2)  # another start is another search
+    assert "Expected the configuration this run began with (start" in capsys.readouterr().err
+    search(tmp_path / "never", "--start", str(trained), "--model", "digits-conv", code=2)
+    assert "Expected a weight of this network" in capsys.readouterr().err and not (tmp_path / "never").exists()

@@ -13,10 +13,10 @@ from sparsekit.data import load
 from sparsekit.reproduce import RECIPES, Check, reproduce, table
 from sparsekit.reproduce.base import Setting
 from sparsekit.reproduce.grokking import Addition
-from sparsekit.reproduce.runs import order
 from sparsekit.reproduce.strong import widened
 from sparsekit.reproduce.transfers import digits
 from sparsekit.reproduce.zhou import Frozen
+from sparsekit.ticket.stability import order_of
 from sparsekit.ticket.train import Training, fit
 
 
@@ -96,7 +96,7 @@ def test_frozen_weights_stay_and_others_train():
     mask = torch.rand(16, 64, generator=torch.Generator().manual_seed(0)) < 0.3
     first = model.fc1.weight.detach().clone()
     nn.utils.parametrize.register_parametrization(model.fc1, "weight", Frozen(mask, first * 2))
-    fit(model, data, Training(20, 60, eval_every=20), order(0))
+    fit(model, data, Training(20, 60, eval_every=20), order_of(0))
     weight = model.fc1.weight.detach()
     assert torch.equal(weight[~mask], 2 * first[~mask])
     assert (weight[mask] != first[mask]).float().mean() > 0.9

@@ -54,8 +54,8 @@ class Addition:
 
     def __init__(self, setting: Setting, seed: int) -> None:
         self.device, self.seed = setting.device, seed
-        prime, share = setting.pick(11, 47, 67), 0.5
-        self.steps, self.every = setting.pick(20, 12_000, 30_000), setting.pick(5, 50, 50)
+        prime, share = setting.pick(11, 47, 67), 0.6
+        self.steps, self.every = setting.pick(20, 15_000, 50_000), setting.pick(5, 50, 50)
         generator = torch.Generator().manual_seed(seed)
         one, two = torch.triu_indices(prime, prime)  # each pair once: the sum of two embeddings knows no order
         x, y = F.one_hot(one, prime).float() + F.one_hot(two, prime).float(), (one + two) % prime

@@ -1,30 +1,23 @@
-"""What the recipes train: searches, one run directory a seed, and single networks under a mask."""
+"""What the recipes search: one run directory a seed, and what is read off the summaries."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import data as datasets
 from .. import models
 from ..data import Dataset
-from ..files import read_tensors, unpack_state
-from ..nn import convert
 from ..report import write_report
 from ..ticket.loop import tickets
 from ..ticket.replicates import train_round_together
-from ..ticket.rewind import Snapshot
-from ..ticket.store import round_path
-from ..ticket.train import Training, fit, train_round
+from ..ticket.train import Training, train_round
 from .base import Setting
 from .figure import Curve, Panel, draw, over_seeds
 
-__all__ = ["at", "figure", "gaps", "order", "read_round", "read_start", "scaled", "search", "solo", "sooner"]
+__all__ = ["at", "figure", "gaps", "scaled", "search", "sooner"]
 
 
 def search(
@@ -102,34 +95,6 @@ def sooner(summaries: list[dict], density: float) -> list[float]:
     """How much earlier than the dense network the ticket stops, as a share of the dense network's iterations."""
     rows = [(at(s["rounds"][1:], density), s["rounds"][0]) for s in summaries]
     return [1 - row["early_stop_iteration"] / dense["early_stop_iteration"] for row, dense in rows]
-
-
-def order(seed: int) -> Callable[[int, int], Tensor]:
-    """A data order of its own for every seed and epoch."""
-
-    def permutation(count: int, epoch: int) -> Tensor:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
-
-    return permutation
-
-
-def solo(model: nn.Module, masks: Mapping[str, Tensor], data: Dataset, training: Training, seed: int) -> dict:
-    """A copy of the dense ``model`` trained, sparse under ``masks`` if there are any; the fields of :class:`Fit`."""
-    model = copy.deepcopy(model)
-    if masks:
-        model = convert(model, masks, data.train_x[: training.batch_size], training=True, inplace=True)
-    return asdict(fit(model, data, training, order(seed)))
-
-
-def read_round(run: Path, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Trained dense weights and masks of a search's round."""
-    return unpack_state(*read_tensors(round_path(run, number) / "trained.safetensors"))
-
-
-def read_start(run: Path) -> dict[str, Tensor]:
-    """The dense weights that the tickets of a search go back to."""
-    path = run / "rewind.safetensors"
-    return Snapshot.from_tensors(*read_tensors(path if path.exists() else run / "start.safetensors")).model
 
 
 def figure(setting: Setting, title: str, found: list[dict], paper: Mapping[str, list[tuple[float, float]]]) -> None:

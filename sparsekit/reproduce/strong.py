@@ -14,11 +14,13 @@ from .. import models
 from ..data import Dataset
 from ..nn import convert
 from ..prune import prunable
+from ..ticket.solo import solo
+from ..ticket.stability import order_of
 from ..ticket.supermask import harvest, supermask
 from ..ticket.train import Training, evaluate, fit
 from .base import Check, Setting, interval, recipe
 from .figure import Curve, Panel, draw, over_seeds
-from .runs import order, scaled, solo
+from .runs import scaled
 
 _PAPER = "Ramanujan et al., What's Hidden in a Randomly Weighted Neural Network?, CVPR 2020, arXiv:1911.13299"
 _KEPT = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -71,7 +73,7 @@ def _pop(model: nn.Module, data: Dataset, training: Training, kept: float, seed:
     """A mask trained over ``model``'s signs, and whether it is what it should be."""
     searched = supermask(model, kept, seed=seed)
     start = {name: tensor.clone() for name, tensor in searched.state_dict().items() if "scores" not in name}
-    fit(searched, data, training, order(seed))
+    fit(searched, data, training, order_of(seed))
     state = searched.state_dict()
     dense, masks = harvest(searched)
     sparse = convert(copy.deepcopy(dense), masks, data.train_x[: training.batch_size])

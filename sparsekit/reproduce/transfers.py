@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from .. import data as datasets
 from .. import models
 from ..data import Dataset
+from ..ticket.solo import read_round, read_start, solo
 from ..ticket.train import Training
 from ..ticket.transfer import transfer as move
 from .base import Check, Setting, interval, recipe
 from .figure import Panel, draw, over_seeds
-from .runs import read_round, read_start, scaled, search, solo
+from .runs import scaled, search
 
 _PAPER = "Morcos et al., One ticket to win them all, NeurIPS 2019, arXiv:1906.02773"
 _PRETRAINED = "Chen et al., The Lottery Tickets Hypothesis for ... Pre-training in Computer Vision, arXiv:2012.06908"
@@ -31,23 +32,26 @@ def transfer(setting: Setting) -> list[Check]:
     """A ticket of MNIST on another hand's digits, by Adam and by SGD; then one found from pre-trained weights there."""
     model = setting.pick("lenet-300-100", "lenet-300-100", "vgg19")
     source, target = _tasks(setting)
-    name = setting.pick("digits", "mnist", "cifar10")
+    names = setting.pick(("digits", "digits"), ("mnist", "digits"), ("cifar10 a", "cifar10 b"))
     seeds, (rounds, every) = setting.seeds or setting.pick(1, 3, 3), setting.pick((1, 2), (5, 2), (16, 1))
     first = scaled(model, setting.pick(10, 2000, models.recipe(model).iterations))
     second = scaled(model, setting.pick(10, 1000, models.recipe(model).iterations))
     second = replace(second, eval_every=setting.pick(10, 20, second.eval_every))
-    rewind = setting.pick("init", "init", "1ep")  # deep networks rewind to a late step
+    late = setting.pick("init", "init", "1ep")  # deep networks rewind to a late step
 
-    def run(where: str, load: Callable, training: Training, **how) -> list[dict]:
+    def run(where: str, name: str, load: Callable, training: Training, **how) -> list[dict]:
         inner = replace(setting, out=setting.out / where)
-        return search(inner, model, name, rounds, training, seeds, load=load, every=every, rewind=rewind, **how)
+        return search(inner, model, name, rounds, training, seeds, load=load, every=every, **how)
 
-    found = {"source": run("source", source, first), "target": run("target", target, second)}
+    found = {
+        "source": run("source", names[0], source, first, rewind=late),
+        "target": run("target", names[1], target, second, rewind=late),
+    }
 
     def pretrained(network: nn.Module, seed: int) -> None:
         network.load_state_dict(read_round(setting.out / "source" / f"seed_{seed}", 0)[0])
 
-    found["pretrained"] = run("pretrained", target, second, start=pretrained, controls=["random"])
+    found["pretrained"] = run("pretrained", names[1], target, second, start=pretrained, controls=["random"])
     parts = []
     for seed in range(seeds):
         at_target = _Target(setting, model, target(seed).to(setting.device), second, seed, found)

@@ -14,10 +14,11 @@ from .. import models
 from ..data import Dataset
 from ..prune import prunable, prune
 from ..ticket.controls import shuffle, signs
+from ..ticket.solo import read_round, solo
 from ..ticket.train import Training, evaluate
 from .base import Check, Setting, interval, recipe
 from .figure import Panel, draw, over_seeds
-from .runs import at, read_round, scaled, search, solo
+from .runs import at, scaled, search
 
 _PAPER = "Zhou et al., Deconstructing Lottery Tickets: Zeros, Signs, and the Supermask, NeurIPS 2019, arXiv:1905.01067"
 _MODEL = "lenet-300-100"

@@ -21,6 +21,7 @@ from .controls import parse
 from .loop import tickets
 from .rewind import Rewind
 from .round import plain
+from .solo import begin_from
 from .stability import Branches, find_rewind
 from .train import Training, train_round
 from .verdict import study, verdict_table
@@ -107,6 +108,10 @@ def _search(args: Namespace, seed: int, out: Path) -> dict:
 
 
 def _tickets(args: Namespace, seed: int, out: Path, data: Dataset, training: Training, model: nn.Module):
+    began = None
+    if args.start is not None:
+        began, drawn = begin_from(model, args.start)
+        print(f"first weights of {args.start}; newly drawn: {', '.join(drawn) or 'none'}")
     point = _rewind(args, seed, out, data, training, model)
     rewind = Rewind.parse(point)
     if rewind.kind == "weights" and rewind.step(len(data.train_y) // training.batch_size) >= training.iterations:
@@ -114,6 +119,7 @@ def _tickets(args: Namespace, seed: int, out: Path, data: Dataset, training: Tra
     rounds, rate, exclude, scope = _rates(args, model)
     torch.manual_seed(seed)
     later = {key: getattr(training, key) for key in ("momentum", "weight_decay", "warmup", "milestones")}
+    later |= {"start": began}
     return tickets(
         model, rounds, rate, args.pattern, args.criterion, scope, point, out,
         exclude=exclude, example_inputs=data.train_x[: training.batch_size], impl=args.impl,

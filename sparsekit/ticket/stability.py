@@ -25,7 +25,7 @@ from .rewind import Snapshot, get_rng, set_rng
 from .train import Training, evaluate, fit
 from .workers import each
 
-__all__ = ["Branches", "Instability", "find_rewind", "instability", "rewind_point"]
+__all__ = ["Branches", "Instability", "find_rewind", "instability", "order_of", "rewind_point"]
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Branches:
         try:
             torch.manual_seed(seed)
             short = replace(training, iterations=last, eval_every=max(1, last))
-            fit(trunk, data, short, _order(seed), begin, watch)
+            fit(trunk, data, short, order_of(seed), begin, watch)
         finally:
             set_rng(rng)
 
@@ -199,7 +199,7 @@ class Branches:
             return step
 
         if step < self.training.iterations:
-            fit(model, self.data, self.training, _order(seed), begin)
+            fit(model, self.data, self.training, order_of(seed), begin)
 
     def instability(self, step: int, masks: Mapping[str, Tensor] | None = None, **how) -> Instability:
         """:func:`instability` of the network at a step, by the test error; ``how`` goes there."""
@@ -245,7 +245,9 @@ def find_rewind(
     return rewind_point(steps, lambda step: branches.instability(step, masks, **how))
 
 
-def _order(seed: int) -> Callable[[int, int], Tensor]:
+def order_of(seed: int) -> Callable[[int, int], Tensor]:
+    """A data order of its own for every seed and epoch, as :func:`fit` takes it."""
+
     def order(count: int, epoch: int) -> Tensor:
         return torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
 
