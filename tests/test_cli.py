@@ -343,7 +343,7 @@ def test_a_ticket_moves_and_a_trained_network_is_a_start(tmp_path, capsys):
 
     trained = tmp_path / "run" / "round_00" / "trained.safetensors"
     summary = search(tmp_path / "again", "--rounds", "1", "--impl", "csr", "--start", str(trained))
-    assert "newly drawn: none" in capsys.readouterr().out and len(summary["config"]["start"]) == 64
+    assert "newly drawn: none" in capsys.readouterr().out and len(summary["config"]["start"]) == 16
     start = sk.ticket.solo.read_start(tmp_path / "again")
     weights = sk.ticket.solo.read_round(tmp_path / "run", 0)[0]
     assert all(torch.equal(start[name], tensor) for name, tensor in weights.items())

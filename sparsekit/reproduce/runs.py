@@ -50,7 +50,8 @@ def search(
             criterion=criterion, rewind=rewind, run_dir=setting.out / f"seed_{seed}", exclude=spared,
             example_inputs=loaded.train_x[: training.batch_size],
             impl="csr" if together or setting.scale == "smoke" else "auto",
-            note={"model": model, "data": data, "note": loaded.note, "seed": seed, "training": str(training)},
+            note={"model": model, "data": data, "note": loaded.note, "seed": seed, "training": str(training)}
+            | ({} if start is None else {"start": start.__name__}),
         )  # fmt: skip
         step: Callable = train_round_together if together else train_round
         for round_ in run:

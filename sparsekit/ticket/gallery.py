@@ -106,8 +106,8 @@ def _groups(summaries: dict[Path, Summary]) -> Groups:
         configs = [other for other in configs if words.name(other) == words.name(config)]
         different = [
             f"{key} {words.cell(words.rate(config[key]) if key == 'rate' else config.get(key))}"
-            for key in ("criterion", "scope", "rewind", "pattern", "rate", "rounds", "iterations", "optimizer")
-            if any(other.get(key) != config.get(key) for other in configs)
+            for key in ("criterion", "scope", "rewind", "pattern", "rate", "rounds", "iterations", "optimizer", "start")
+            if config.get(key) is not None and any(other.get(key) != config.get(key) for other in configs)
         ]
         name = ", ".join([words.name(config), *different])
         named[name if name not in named else f"{name} ({next(iter(group))})"] = group

@@ -121,15 +121,21 @@ def overlaps(figure: Any, groups: Groups) -> bool:
                 masks[f"{run.parent.name}/{run.name}"] = found
     if len(masks) < 2:
         return False
+    side = max(4.6, 0.5 * len(masks))
+    figure.set_size_inches(side + 3, side + 1.5)
     matrix, axes = overlap(masks).numpy(), figure.add_subplot()
     axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "#333333")
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color=_ink(value))
     axes.set_xticks(range(len(masks)), list(masks), rotation=60, fontsize=9)
     axes.set_yticks(range(len(masks)), list(masks), fontsize=9)
     axes.grid(visible=False)
     return True
+
+
+def _ink(value: float) -> str:
+    return "white" if value > 0.6 else "#333333"
 
 
 def _shapes(masks: dict) -> dict:

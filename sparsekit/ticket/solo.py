@@ -45,7 +45,7 @@ def read_start(run: Path) -> dict[str, Tensor]:
 def begin_from(model: nn.Module, path: Path) -> tuple[str, list[str]]:
     """Put the weights of a safetensors file, packed, dense or anyone's, into ``model`` where name and shape fit.
 
-    Returns the file's SHA-256 and what stays as it was drawn: a head for other classes.
+    Returns the start of the file's SHA-256 and what stays as it was drawn: a head for other classes.
     Raises: ValueError when nothing fits; FileNotFoundError.
     """
     tensors, header = read_tensors(path, plain=True)
@@ -54,7 +54,7 @@ def begin_from(model: nn.Module, path: Path) -> tuple[str, list[str]]:
     if all(tensor.dim() < 2 for tensor in fits.values()):  # a bias alone is a coincidence
         raise ValueError(f"{path}: Expected a weight of this network ({', '.join(own)}), got {', '.join(state)}")
     model.load_state_dict(own | fits)
-    return hashlib.sha256(path.read_bytes()).hexdigest(), [name for name in own if name not in fits]
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16], [name for name in own if name not in fits]
 
 
 def solo(model: nn.Module, masks: Mapping[str, Tensor], data: Dataset, training: Training, seed: int) -> dict:
