@@ -35,7 +35,7 @@ def supermask(
     """A copy of a dense ``model`` whose only trainable parameters are scores, one per prunable weight.
 
     Args:
-        density: ``"edge-popup"`` keeps exactly that share of each layer, the highest |scores|; a
+        density: ``"edge-popup"`` keeps exactly that share of each layer, of the largest scores in size; a
             ``"bernoulli"`` mask begins there and ends where training leads it.
         kind: ``"edge-popup"`` passes gradients straight through the selection; ``"bernoulli"`` keeps each weight
             with probability sigmoid(score), drawn anew in every forward pass from torch's generator, in eval
