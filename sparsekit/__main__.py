@@ -46,10 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     length = ticket.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, help="length of each training in epochs")
     length.add_argument("--iterations", type=int, help="length of each training in steps (default: the paper's)")
-    ticket.add_argument("--pattern", default="unstructured", help="unstructured, block:RxC, N:M or channel")
+    ticket.add_argument("--pattern", default="unstructured", help="unstructured, block:RxC, N:M, channel; A,B: a sweep")
     ticket.add_argument(
         "--criterion", default="magnitude",
-        help="magnitude, random, snip, grasp, synflow, taylor, lamp, layer_l2, movement, … (any registered)",
+        help="magnitude, random, snip, grasp, synflow, taylor, lamp, movement, … (any registered); A,B: a sweep",
     )  # fmt: skip
     ticket.add_argument(
         "--score-at", default="end", choices=("end", "init"), help="score trained weights, or the first ones"
@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         help="after the last round turn its ticket into blocks (8x1, 16x16, …) or channels of the same density, and "
         "train that from the rewind point",
     )  # fmt: skip
-    ticket.add_argument("--rewind", default="init", help="init, 500it, 2ep, lr, none, or auto: the first stable step")
+    ticket.add_argument(
+        "--rewind", default="init", help="init, 500it, 2ep, lr, none, or auto (the first stable step); A,B: a sweep"
+    )
     ticket.add_argument(
         "--control", default="none", metavar="C,C,…",
         help="controls beside each ticket, of reinit, random, shuffle, noise:SIGMAS, signs, linear (its tangent); "
@@ -83,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=int, default=1, help="replicates, each in OUT/seed_N; the verdict then has intervals"
     )
     ticket.add_argument("--workers", type=int, default=1, help="replicates trained at a time, one thread each")
+    ticket.add_argument(
+        "--launcher", default="local", choices=("local", "ray"),
+        help="where replicates run: processes here, or tasks of a Ray cluster that sees OUT and the data",
+    )  # fmt: skip
+    ticket.add_argument(
+        "--together", action="store_true", help="train the tickets and controls of all seeds as one wide network"
+    )
     ticket.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     ticket.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     ticket.add_argument("--out", type=Path, required=True, help="run directory; an unfinished run goes on")

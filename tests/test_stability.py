@@ -210,7 +210,7 @@ def test_results_come_back_in_order_with_their_types():
 def test_a_process_that_fails_says_why():
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         each(lambda item: 1 / item, [1, 0, 2], workers=2)
-    with pytest.raises(RuntimeError, match="got exit code 3"):
+    with pytest.raises(RuntimeError, match=r"\(2 of 2 did not\), got\nexit code 3"):
         each(lambda item: os._exit(3), [1, 2], workers=2)
     with pytest.raises(ValueError, match="Expected workers as a whole number of at least 1, got 0"):
         each(len, [], workers=0)

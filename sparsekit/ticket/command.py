@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +21,16 @@ from ..data import Dataset
 from ..files import read_json, read_tensors, unpack_state, write_json
 from ..report import ledger_table
 from ..schedule import KINDS, schedule
+from . import ranks
 from .controls import parse
-from .loop import tickets
+from .loop import TicketSearch, tickets
+from .replicates import in_step, train_rounds_together
 from .rewind import Rewind
-from .round import plain
 from .solo import begin_from
 from .stability import Branches, find_rewind
+from .sweep import gather, variants
 from .train import Training, train_round
-from .verdict import study, verdict_table
-from .workers import each
+from .workers import LAUNCHERS, each
 
 __all__ = ["search", "stability"]
 
@@ -34,28 +39,42 @@ _ALPHAS = 11  # points on each line where only the verdict counts
 
 
 def search(args: Namespace) -> dict:
-    """Run the search that ``args`` describes; prints the ledger and returns the summary.
+    """Run the search, or the sweep of searches, that ``args`` describes; prints ledgers and verdicts.
 
-    With several seeds each has a run directory of its own, and the study over them is returned.
+    With several seeds each has a run directory of its own, and the study over them is returned. Started by
+    ``torchrun`` all ranks train one search after the other together.
     """
+    joined = ranks.join(args.device)
+    with contextlib.ExitStack() as stack:
+        if joined:
+            stack.callback(torch.distributed.destroy_process_group)
+        if ranks.rank():
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        return _searches(args)
+
+
+def _searches(args: Namespace) -> dict:
     _check(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    seeds = range(args.seed, args.seed + args.seeds)
-    if args.seeds == 1:
-        summaries = [_search(args, args.seed, args.out)]
-        result = summaries[0]
+    if args.launcher == "ray":  # whose workers may stand elsewhere
+        args.out, args.data_dir = Path(args.out).absolute(), datasets.data_dir(args.data_dir)
+        args.data_dir = args.data_dir and args.data_dir.absolute()
+    seeds, out = list(range(args.seed, args.seed + args.seeds)), Path(args.out)
+    searches = variants(args)
+    jobs = [(own, seed, _folder(out, name, seed, args.seeds)) for name, own in searches.items() for seed in seeds]
+    if args.together:
+        summaries = [summary for own in searches.values() for summary in _together([j for j in jobs if j[0] is own])]
     else:
-        summaries = each(lambda seed: _search(args, seed, Path(args.out) / f"seed_{seed}"), seeds, args.workers)
-        result = {"seeds": list(seeds), "config": summaries[0]["config"]}
-    if args.seeds > 1 or _controls(args):
-        rounds = study(summaries)
-        print(verdict_table(rounds))
-        if args.seeds > 1:
-            result["rounds"] = plain("study", rounds)
-            write_json(Path(args.out) / "study.json", result)
-    print(f"run directory: {Path(args.out)}")
+        summaries = each(_search, jobs, args.workers, args.launcher)
+    found = {name: (seeds, summaries[i * len(seeds) :][: len(seeds)]) for i, name in enumerate(searches)}
+    result = gather(out, found, judged=args.seeds > 1 or bool(_controls(args)))
+    print(f"run directory: {out}")
     return result
+
+
+def _folder(out: Path, name: str, seed: int, seeds: int) -> Path:
+    return out if not name and seeds == 1 else out / name / f"seed_{seed}"
 
 
 def stability(args: Namespace) -> dict:
@@ -90,14 +109,12 @@ def stability(args: Namespace) -> dict:
     return result
 
 
-def _search(args: Namespace, seed: int, out: Path) -> dict:
-    data = datasets.load(args.data, args.data_dir, seed=seed).to(args.device)
-    training = _training(args, len(data.train_y))
+Job = tuple[Namespace, int, Path]  # options, seed, run directory
 
-    def build(seed: int) -> nn.Module:
-        shape = tuple(data.train_x.shape[1:])
-        return models.build(args.model, classes=data.classes, input_shape=shape, seed=seed).to(args.device)
 
+def _search(job: Job) -> dict:
+    args, seed, out = job
+    data, training, build = _material(args, seed)
     controls = _controls(args)
     run = _tickets(args, seed, out, data, training, build(seed))
     for round_ in run:
@@ -107,7 +124,44 @@ def _search(args: Namespace, seed: int, out: Path) -> dict:
     return run.summary
 
 
-def _tickets(args: Namespace, seed: int, out: Path, data: Dataset, training: Training, model: nn.Module):
+def _together(jobs: Sequence[Job]) -> list[dict]:
+    """The searches of several seeds in step: each round's tickets and controls are one training."""
+    material = [_material(args, seed) for args, seed, _ in jobs]
+    runs: list[TicketSearch] = []
+
+    def begin() -> Iterator[TicketSearch]:
+        for job, (data, training, build) in zip(jobs, material, strict=True):
+            runs.append(_tickets(*job, data, training, build(job[1])))
+            yield runs[-1]
+
+    for opened in in_step(begin()):
+        rounds = [round_ for _, round_ in opened]
+        print(f"round {rounds[0].number} ({100 * rounds[0].density:.1f} % left), {len(rounds)} searches", flush=True)
+        data, trainings, fresh = zip(*(material[i] for i, _ in opened), strict=True)
+        seeds = [jobs[i][1] for i, _ in opened]
+        train_rounds_together(rounds, data, trainings[0], _controls(jobs[0][0]), fresh, seeds)
+    for run in runs:
+        print(ledger_table(run.summary))
+    return [run.summary for run in runs]
+
+
+def _material(args: Namespace, seed: int) -> tuple[Dataset, Training, Callable[[int], nn.Module]]:
+    """Data, recipe, and a network of any seed."""
+    data = datasets.load(args.data, args.data_dir, seed=seed).to(args.device)
+    training = _training(args, len(data.train_y))
+    if training.batch_size % ranks.count():
+        raise ValueError(f"Expected ranks that divide a batch of {training.batch_size}, got {ranks.count()}")
+
+    def build(seed: int) -> nn.Module:
+        shape = tuple(data.train_x.shape[1:])
+        return models.build(args.model, classes=data.classes, input_shape=shape, seed=seed).to(args.device)
+
+    return data, training, build
+
+
+def _tickets(
+    args: Namespace, seed: int, out: Path, data: Dataset, training: Training, model: nn.Module
+) -> TicketSearch:
     began = None
     if args.start is not None:
         began, drawn = begin_from(model, args.start)
@@ -119,7 +173,7 @@ def _tickets(args: Namespace, seed: int, out: Path, data: Dataset, training: Tra
     rounds, rate, exclude, scope = _rates(args, model)
     torch.manual_seed(seed)
     later = {key: getattr(training, key) for key in ("momentum", "weight_decay", "warmup", "milestones")}
-    later |= {"start": began}
+    later |= {"start": began, "together": args.together, "ranks": ranks.count() if ranks.count() > 1 else 0}
     return tickets(
         model, rounds, rate, args.pattern, args.criterion, scope, point, out,
         exclude=exclude, example_inputs=data.train_x[: training.batch_size], impl=args.impl,
@@ -199,6 +253,16 @@ def _check(args: Namespace) -> None:
         raise ValueError(f"Expected --density with --schedule {args.schedule}, got none")
     for text in _controls(args):
         parse(text)
+    if args.seeds > 1 and importlib.util.find_spec("scipy") is None:
+        raise ImportError("Expected scipy for intervals over seeds, got none; pip install scipy")
+    apart = args.workers > 1 or args.launcher != LAUNCHERS[0]
+    if apart and (args.together or ranks.count() > 1):
+        raise ValueError("Expected --together and torchrun without --workers and --launcher, got both")
+    if args.together and (ranks.count() > 1 or args.rewind != "init"):
+        got = f"--rewind {args.rewind}" if args.rewind != "init" else f"{ranks.count()} ranks"
+        raise ValueError(f"Expected --rewind init and one process with --together, got {got}")
+    if (args.together or ranks.count() > 1) and ("linear" in _controls(args) or "auto" in args.rewind.split(",")):
+        raise ValueError("Expected --control linear and --rewind auto in a process and training of their own, got both")
 
 
 def _training(args: Namespace, images: int) -> Training:

@@ -23,6 +23,7 @@ from ..pattern import Pattern
 from ..plan import explain
 from ..prune import prunable, prune_step
 from ..schedule import check_rates
+from . import ranks
 from .ledger import masked_dense_us, summarize
 from .refilled import check_refill, refilled
 from .rewind import Rewind, Snapshot, get_rng, set_rng
@@ -128,18 +129,29 @@ class TicketSearch:
 
     def convert(self, model: nn.Module, masks: Masks, formats: Mapping[str, str]) -> nn.Module:
         """A dense model with ``masks`` as this search trains it, in place; ``formats`` are of an earlier conversion."""
-        return convert(model, masks, self._example_inputs, training=True, impl=formats or self._impl, inplace=True)
+
+        def converted(model: nn.Module, impl: Any) -> nn.Module:
+            return convert(model, masks, self._example_inputs, training=True, impl=impl, inplace=True)
+
+        if ranks.count() > 1 and not formats:  # which the clock chooses, and rank 0's for all
+            formats = ranks.from_first(lambda: formats_of(converted(copy.deepcopy(model), self._impl)))
+        return converted(model, formats or self._impl)
 
     def keep_point(self, snapshot: Snapshot) -> None:
         """Keep the snapshot that later rounds rewind to."""
         self.point = snapshot
         self._run.keep_snapshot("rewind", snapshot)
 
+    def _open_run(self) -> Any:
+        if ranks.count() == 1:
+            return RunDir(self._run_dir, self.config)
+        return ranks.SharedRun(lambda: RunDir(self._run_dir, self.config))
+
     def __iter__(self) -> Iterator[Round]:
-        self._run = run = RunDir(self._run_dir, self.config)
+        self._run = run = self._open_run()
         start = run.snapshot("start")
         if start is None:
-            start = Snapshot.take(0, self.model)
+            start = ranks.from_first(lambda: Snapshot.take(0, self.model))
             run.keep_snapshot("start", start)
         self._check_start(start)
         self.start = start
@@ -175,18 +187,21 @@ class TicketSearch:
             model.load_state_dict(start.model)
             set_rng(start.rng)
             return Round(0, model, {}, self.rewind, self)
-        trained, masks, self.end = self._run.load_last(number - 1)
+        trained, before, self.end = self._run.load_last(number - 1)
         model.load_state_dict(trained)
         set_rng(self.end["rng"])  # a random criterion draws the same after a resume
         facts: dict[str, Any] = {}
         if number > self._rounds:
-            done = refilled(model, masks, self.refill, self.point or start, self._example_inputs)
+            done = refilled(model, before, self.refill, self.point or start, self._example_inputs)
             model, masks, self.point, self.order, facts["refill"] = done
             self.pattern = self.refill
         else:
             if self._score_at == "init":
                 model.load_state_dict(start.model)
-            masks = prune_step(model, masks, self._rates[number - 1], **self._how, init=start.model)
+            where = next(model.parameters()).device
+            masks = ranks.masks_from_first(
+                lambda: prune_step(model, before, self._rates[number - 1], **self._how, init=start.model), where
+            )
             if self._score_at == "init":
                 model.load_state_dict(trained)
         if self.rewind.kind == "weights":
@@ -194,6 +209,7 @@ class TicketSearch:
         # Formats round differently and are chosen by the clock: a round that was begun keeps those it had.
         model = self.convert(model, masks, self._run.formats(number))
         self._run.keep_formats(number, formats_of(model))
+        ranks.agree(masks_of(model))
         set_rng(self.end["rng"] if self.rewind.kind == "none" else self.point.rng)
         round_ = Round(number, model, masks, self.rewind, self)
         round_.record(**facts)
@@ -203,12 +219,14 @@ class TicketSearch:
         round_.check_end()
         end, state, masks = round_.end(), dense_state(round_.model), masks_of(round_.model)
         end |= {"order": self.order} if self.order else {}
+        digest = ranks.agree(masks)
         steps, given = round_.steps - round_._first, round_.metrics
         control = given.get("control_seconds") or 0.0
         result = {
             "round": round_.number,
             "density": round_.density,
             "flop_density": self.flop_density(round_.model, masks),
+            "masks_sha256": digest,
             "test_accuracy": None,
             "val_loss": None,
             "early_stop_iteration": None,
@@ -218,9 +236,11 @@ class TicketSearch:
             "steps": steps,
         } | given
         train = result["train_seconds"]
-        rival = result.get("sample_seconds") or 0.0  # timing masked-dense steps is no cost of the search
-        result["overhead_seconds"] = open_seconds + max(0.0, seconds - train - control - rival)
-        if result["masked_dense_seconds"] is None and self._example_inputs is not None and steps:
+        # timing masked-dense steps is no cost of the search, nor are other searches that trained with it
+        foreign = sum(result.get(key) or 0.0 for key in ("sample_seconds", "others_seconds"))
+        result["overhead_seconds"] = open_seconds + max(0.0, seconds - train - control - foreign)
+        alone = ranks.count() == 1  # several wait for each other, which a sample on one does not tell
+        if result["masked_dense_seconds"] is None and self._example_inputs is not None and steps and alone:
             ours, masked = masked_dense_us(round_.model, masks, self._example_inputs)
             result["masked_dense_seconds"] = train + (masked - ours) * steps / 1e6
         if train and result["masked_dense_seconds"]:
@@ -230,7 +250,7 @@ class TicketSearch:
             for layer in explain(round_.model).layers
         ]
         self._run.finish_round(round_.number, state, masks, end, result)
-        return result
+        return ranks.from_first(lambda: result)
 
 
 def tickets(
@@ -259,7 +279,9 @@ def tickets(
     Round 0 trains the dense network; each of the ``rounds`` that follow removes the share ``rate`` of
     what is left, rewinds the rest and yields the sparse model, so ``rounds + 1`` trainings in all
     (one-shot pruning is ``rounds=1``). ``model`` itself is never changed. A round is finished, and kept,
-    when the loop asks for the next one; ``break`` or an exception gives the round up.
+    when the loop asks for the next one; ``break`` or an exception gives the round up. In a default process
+    group of several ranks all take part: masks and formats are rank 0's, checked by their hash before and after
+    every round, rank 0 alone writes to ``run_dir``, and wrapping ``round.model`` (DDP) is the loop's business.
 
     Args:
         rounds: pruning rounds after the dense one; None takes as many as ``rate`` has entries, or 12.

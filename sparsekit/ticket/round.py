@@ -18,7 +18,7 @@ from .tangent import Tangent
 
 __all__ = ["Round", "formats_of", "plain"]
 
-_OWN_METRICS = {"round", "density", "flop_density", "layers", "speedup", "overhead_seconds"}
+_OWN_METRICS = {"round", "density", "flop_density", "masks_sha256", "layers", "speedup", "overhead_seconds"}
 
 
 class Round:

@@ -32,7 +32,7 @@ from .rewind import Snapshot, decode, encode
 __all__ = ["RunDir", "finished_rounds", "round_path"]
 
 _FREE = ("rounds",)  # a search may be continued with more rounds
-_PLACE = ("cpu", "torch", "threads")  # and elsewhere, if it must, but then not to the same bits
+_PLACE = ("cpu", "torch", "threads", "ranks")  # and elsewhere, if it must, but then not to the same bits
 _ROUND = re.compile(r"round_(\d{2,})")
 
 

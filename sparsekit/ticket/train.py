@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import device
 from ..data import Dataset
+from . import ranks
 from .ledger import masked_dense
 from .round import Round
 
@@ -112,15 +113,16 @@ def _augmented(x: Tensor, padding: int) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> tuple[float, float]:
-    """``(mean cross-entropy, accuracy)`` in eval mode."""
+    """``(mean cross-entropy, accuracy)`` in eval mode; each rank evaluates its share."""
     flag = model.training
     model.eval()
     loss, hits = 0.0, 0
-    for part, target in zip(x.split(batch), y.split(batch), strict=True):
+    for part, target in zip(ranks.share(x).split(batch), ranks.share(y).split(batch), strict=True):
         logits = model(part)
         loss += float(F.cross_entropy(logits, target, reduction="sum"))
         hits += int((logits.argmax(1) == target).sum())
     model.train(flag)
+    loss, hits = ranks.total(loss, hits)
     return loss / len(y), hits / len(y)
 
 
@@ -148,13 +150,14 @@ def fitting(
     """Train ``model`` on ``data``, yielding the iteration after every evaluation; what passes there is not timed.
 
     ``order(count, epoch)`` gives each epoch's permutation, ``begin`` is :meth:`Round.begin`, ``on_step``
-    :meth:`Round.step`; ``sample`` is called a few times outside the timed steps.
+    :meth:`Round.step`; ``sample`` is called a few times outside the timed steps. On several ranks each
+    takes its part of every batch.
     """
     optimizer = training.make_optimizer(model)
     scheduler = training.make_scheduler(optimizer)
     per_epoch = max(1, len(data.train_y) // training.batch_size)
     start = begin(optimizer, scheduler, per_epoch) if begin else 0
-    step = make_step(model.train(), optimizer)
+    step = make_step(ranks.parallel(model.train()), optimizer)
     sample_at = {start + (training.iterations - start) * i // _SAMPLES for i in range(_SAMPLES)}
     best, best_at, best_state = float("inf"), start, None
     seconds = eval_seconds = sample_seconds = 0.0
@@ -171,7 +174,7 @@ def fitting(
             sample()
             clock = time.perf_counter()
             sample_seconds += clock - now
-        batch = perm[iteration % per_epoch]
+        batch = ranks.share(perm[iteration % per_epoch])
         tick = time.perf_counter()
         x = data.train_x.index_select(0, batch)
         step(_augmented(x, training.augment) if training.augment else x, data.train_y.index_select(0, batch))
@@ -185,6 +188,7 @@ def fitting(
         if done % training.eval_every == 0 or done == training.iterations:
             now = time.perf_counter()
             seconds += now - clock
+            ranks.average_statistics(model)
             loss, _ = evaluate(model, data.val_x, data.val_y)
             if loss < best or best_state is None:
                 best, best_at = loss, done
@@ -269,13 +273,13 @@ def means(runs: list[dict]) -> dict:
 def masked_sampler(round_: Round, data: Dataset, training: Training, samples: list[float]) -> Callable[[], None]:
     """A function that times some masked-dense steps of a round and adds their microseconds to ``samples``."""
     twin = masked_dense(round_.model, round_.masks).train()
-    step = make_step(twin, training.make_optimizer(twin))
+    step = make_step(ranks.parallel(twin), training.make_optimizer(twin))
     batches = round_.permutation(len(data.train_y), 0).to(data.train_y.device).split(training.batch_size)
 
     def sample() -> None:
         with torch.random.fork_rng():
             for number in range(_WARM_STEPS + _SAMPLE_STEPS):
-                batch = batches[(len(samples) + number) % len(batches)]
+                batch = ranks.share(batches[(len(samples) + number) % len(batches)])
                 start = time.perf_counter()
                 step(data.train_x.index_select(0, batch), data.train_y.index_select(0, batch))
                 device.settle()
