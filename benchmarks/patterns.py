@@ -99,8 +99,8 @@ def measured(model, masks, pattern: str, x, y) -> dict:
 
         return run
 
-    infer = measure({name: forward(net) for name, net in forwards.items()}, 0.7)
-    step = measure({name: lambda step=step: step(x, y) for name, step in steps.items()}, 0.7)
+    infer = measure({name: forward(net) for name, net in forwards.items()}, 0.4)
+    step = measure({name: lambda step=step: step(x, y) for name, step in steps.items()}, 0.4)
     return {
         "work": left * small / whole, "forward_us": infer, "step_us": step,
         "forward": infer["dense"] / infer["ticket"], "step": step["dense"] / step["ticket"],

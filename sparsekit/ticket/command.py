@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import random
 import re
 import sys
 from argparse import Namespace
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -171,7 +173,8 @@ def _tickets(
     if rewind.kind == "weights" and rewind.step(len(data.train_y) // training.batch_size) >= training.iterations:
         raise ValueError(f"Expected --rewind to a step before the last, {training.iterations}, got {point}")
     rounds, rate, exclude, scope = _rates(args, model)
-    torch.manual_seed(seed)
+    for generator in (torch.manual_seed, numpy.random.seed, random.seed):  # all are kept and resumed
+        generator(seed)
     later = {key: getattr(training, key) for key in ("momentum", "weight_decay", "warmup", "milestones")}
     later |= {"start": began, "together": args.together, "ranks": ranks.count() if ranks.count() > 1 else 0}
     return tickets(

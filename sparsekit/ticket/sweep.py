@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import words
+from ..criteria import find
 from ..files import write_json
+from ..pattern import Pattern
 from . import ranks
+from .rewind import Rewind
 from .round import plain
 from .verdict import study, verdict_rows, verdict_table
 
@@ -30,12 +33,18 @@ AXES = ("criterion", "pattern", "rewind")
 def variants(args: Namespace) -> dict[str, Namespace]:
     """The searches that ``args`` asks for, by name; one, without a name, where no option lists several choices.
 
-    Raises: ValueError on a choice that is listed twice.
+    Raises: ValueError on a choice that there is not, or that is listed twice.
     """
     choices = {axis: getattr(args, axis).split(",") for axis in AXES}
     for axis, listed in choices.items():
         if len(set(listed)) < len(listed):
             raise ValueError(f"Expected each --{axis} once, got {','.join(listed)}")
+    for criterion in choices["criterion"]:  # here, and not after hours of the searches before it
+        find(criterion)
+    for pattern in choices["pattern"]:
+        Pattern.parse(pattern)
+    for rewind in choices["rewind"]:
+        Rewind.parse("init" if rewind == "auto" else rewind)
     several = [axis for axis in AXES if len(choices[axis]) > 1]
     found = {}
     for chosen in product(*choices.values()):
