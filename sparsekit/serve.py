@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import ops as _ops  # noqa: F401 - the packages call the operators
 from ._native import lacks_cpu
+from .traced import Traced, read
 
 __all__ = ["load"]
 
@@ -22,9 +23,10 @@ __all__ = ["load"]
 def load(path: str | Path, instances: int = 1) -> Callable[..., Any]:
     """The model in a ``.pt2`` file as a function of its inputs; gradients are not recorded.
 
-    A package that AOTInductor compiled (``--to aoti``) opens in milliseconds and calls no Python; as many of
-    its ``instances`` may run at once, from threads. A traced graph (``--to pt2``) opens in a second or two,
-    most of it torch importing its tracer. Either is a program: open only files you trust.
+    Both kinds open in less than a tenth of a second. A package that AOTInductor compiled (``--to aoti``) calls no
+    Python; as many of its ``instances`` may run at once, from threads. It is machine code: open only those you trust.
+    A traced graph (``--to pt2``) runs operator by operator, those of torch and sparsekit and no others; one that holds
+    regions (``torch.cond``, autocast) is refused, and left to ``torch.export.load``, which believes what a file says.
     Raises FileNotFoundError; ValueError when the file is no such package.
     """
     path = Path(path)
@@ -33,16 +35,21 @@ def load(path: str | Path, instances: int = 1) -> Callable[..., Any]:
     try:
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
+            compiled = any("/data/aotinductor/" in name for name in names)
+            traced = not compiled and any("/models/" in name for name in names)
+            graph = read(file) if traced else None
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: Expected a .pt2 file, got no archive ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: Expected a graph of torch's and sparsekit's operators, got {error}") from None
     if missing := lacks_cpu():
         warnings.warn(f"{path}: {missing}, so its sparse layers run as dense products", stacklevel=2)
-    if any("/data/aotinductor/" in name for name in names):
-        # The class behind torch._inductor.aoti_load_package, whose import takes seconds.
-        return _Compiled(torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, instances, -1))
-    if any("/models/" in name for name in names):
-        return torch.no_grad()(torch.export.load(path).module().forward)
-    raise ValueError(f"{path}: Expected a .pt2 file that torch.export or AOTInductor wrote, got another archive")
+    if graph is not None:
+        return _Graph(graph)
+    if not compiled:
+        raise ValueError(f"{path}: Expected a .pt2 file that torch.export or AOTInductor wrote, got another archive")
+    # The class behind torch._inductor.aoti_load_package, whose import takes seconds.
+    return _Compiled(torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, instances, -1))
 
 
 class _Compiled:
@@ -64,10 +71,30 @@ class _Compiled:
         return pytree.tree_unflatten(self._package.boxed_run(flat), self._outputs)
 
 
+class _Graph:
+    """A traced graph, called like its model."""
+
+    def __init__(self, graph: Traced) -> None:
+        self._graph, self._facts = graph, [facts for _, facts in graph.inputs]
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Inputs as at export, any batch of at least 1; raises ValueError or TypeError where they are not."""
+        for x, facts in zip(pytree.tree_leaves(inputs), self._facts, strict=False):
+            if facts is not None:
+                _check(x, facts)
+        return self._graph.run(*inputs)
+
+
 def _checked(x: Any, facts: dict[str, Any]) -> Tensor:
+    _check(x, facts)
+    return x.contiguous(memory_format=torch.channels_last if facts["channels_last"] else torch.contiguous_format)
+
+
+def _check(x: Any, facts: dict[str, Any]) -> None:
     if not isinstance(x, Tensor) or str(x.dtype) != facts["dtype"]:
         raise TypeError(f"Expected an input of {facts['dtype']}, got {getattr(x, 'dtype', type(x).__name__)}")
     wanted = facts["shape"]
-    if x.dim() != len(wanted) or list(x.shape[1:]) != wanted[1:] or not len(x):
-        raise ValueError(f"Expected an input of shape [N, {', '.join(map(str, wanted[1:]))}], got {list(x.shape)}")
-    return x.contiguous(memory_format=torch.channels_last if facts["channels_last"] else torch.contiguous_format)
+    fits = x.dim() == len(wanted) and all(w in (None, n) for w, n in zip(wanted, x.shape, strict=True))
+    if not fits or 0 in x.shape[:1]:
+        text = ", ".join("N" if extent is None else str(extent) for extent in wanted)
+        raise ValueError(f"Expected an input of shape [{text}], got {list(x.shape)}")

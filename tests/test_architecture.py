@@ -22,7 +22,7 @@ FLOORS = [
     {"format", "kernels", "files", "times"},
     {"plan", "explanation", "roofline"},
     {"ops", "autograd", "functional"},
-    {"serve"},
+    {"serve", "traced"},
     {"nn"},
     {"data", "nets", "models", "words", "figures", "report"},
     {"ticket"},

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,92 @@ def test_serving_imports_nothing_that_trains():
     assert "sparsekit.ops" in out
     training = ("nn", "ticket", "export", "data", "models", "plan", "report", "autograd")
     assert [name for name in out if name.split(".")[1] in training] == []
+
+
+class Odd(nn.Module):
+    """Sizes in the graph, lists of tensors, several outputs of an operator, outputs of several kinds."""
+
+    def __init__(self, wild=False) -> None:
+        super().__init__()
+        self.fc, self.wild = nn.Linear(8, 8), wild
+        self.register_buffer("shift", torch.ones(8))
+
+    def forward(self, x, scale=2.0):
+        y, n = self.fc(x) * scale, x.shape[0]
+        left, right = y.chunk(2, 1)
+        both = torch.cat([left, right.flip(1), torch.zeros(n, 2)], 1)
+        if self.wild:
+            with torch.autocast("cpu", enabled=False):
+                both = both.sin()
+        return {"flat": (y + self.shift).reshape(n * 8), "rest": (both[:, 1:], torch.arange(n, dtype=torch.int32), n)}
+
+
+def traced(tmp_path, wild=False):
+    torch.manual_seed(0)
+    model = sk.convert(Odd(wild).eval(), sk.prune(Odd(), 0.5), impl="csr")
+    return save_pt2(model, torch.randn(4, 8), tmp_path / "odd.pt2"), model
+
+
+def test_a_traced_graph_of_many_kinds(tmp_path):
+    path, model = traced(tmp_path)
+    served = serve.load(path)
+    for size in (1, 3):
+        x = torch.randn(size, 8)
+        got, want = served(x), model(x)
+        assert got["rest"][2] == size and got.keys() == want.keys()
+        torch.testing.assert_close((got["flat"], *got["rest"][:2]), (want["flat"].detach(), *want["rest"][:2]))
+
+
+def test_a_traced_graph_checks_its_inputs(tmp_path):
+    served = serve.load(traced(tmp_path)[0])
+    for wrong, error in ((torch.ones(0, 8), ValueError), (torch.ones(2, 7), ValueError), (torch.ones(8), ValueError),
+                         (torch.ones(2, 8).double(), TypeError), (3, TypeError)):  # fmt: skip
+        with pytest.raises(error, match="Expected an input of"):
+            served(wrong)
+    with pytest.raises(ValueError, match="Expected inputs as at export"):
+        served(torch.ones(2, 8), torch.ones(2, 8))
+
+
+def edited(path, name, edit):
+    """The archive with one entry changed."""
+    with zipfile.ZipFile(path) as old:
+        entries = {entry: old.read(entry) for entry in old.namelist()}
+    (only,) = (entry for entry in entries if entry.endswith(name))
+    entries[only] = edit(entries[only])
+    with zipfile.ZipFile(path, "w") as new:
+        for entry, content in entries.items():
+            new.writestr(entry, content)
+    return path
+
+
+def test_a_traced_graph_runs_no_other_code(tmp_path):
+    refused = r"\.pt2: Expected a graph of torch's and sparsekit's operators, got "
+    ours = b"torch.ops.sparsekit.csr_linear.default"
+    for target in (b"torch.ops.aten.from_file.default", b"os.system", b"torch.serialization.os.system", b"torch.ops.a"):
+        path = edited(traced(tmp_path)[0], "/model.json", lambda text, t=target: text.replace(ours, t))
+        with pytest.raises(ValueError, match=refused + f"a call of {target.decode()}"):
+            serve.load(path)
+    for name, edit in {
+        "/model.json": lambda text: text[:900],
+        "/weight_0": lambda content: content[:8],
+        "/model_weights_config.json": lambda text: text.replace(b'"as_int": 8', b'"as_int": 1099511627776'),
+        "/byteorder": lambda _: b"big",
+    }.items():
+        with pytest.raises(ValueError, match=refused):
+            serve.load(edited(traced(tmp_path)[0], name, edit))
+    with pytest.raises(ValueError, match=refused + "a call of torch.ops.higher_order"):
+        serve.load(traced(tmp_path, wild=True)[0])
+
+
+def test_a_traced_file_serves_without_the_tracer(tmp_path):
+    path, _ = traced(tmp_path)
+    code = (
+        "import sys, torch, sparsekit.serve as serve\n"
+        f"print(serve.load({str(path)!r})(torch.ones(3, 8))['flat'].shape)\nprint(*sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert out[0] == "torch.Size([24])" and not {"torch._dynamo", "sympy", "sparsekit.nn"} & {*out[1].split()}
+    assert path.stat().st_size < 40_000  # the example it was traced with is not in it
 
 
 @pytest.fixture(scope="module")

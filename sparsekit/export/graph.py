@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..files import PARTIAL
 from ..nn import SparseModule
@@ -35,6 +36,8 @@ def save_pt2(model: nn.Module, example_inputs: Any, path: str | Path) -> Path:
     Raises ValueError for a model in training mode or one that torch.export cannot trace. Returns the path.
     """
     program = exported(model, example_inputs)
+    # The example goes into the file, where its shape says enough.
+    program.example_inputs = tree_map_only(Tensor, lambda x: x.new_zeros(()).expand(x.shape), program.example_inputs)
     with beside(path, ".pt2") as temporary:
         torch.export.save(program, temporary)
     return Path(path)
