@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .mask import weight_of
-from .prune import why_not
+from .prune import crossing, why_not
 
 __all__ = ["Explanation", "LayerPlan", "ModelPlan", "explain"]
 
@@ -219,7 +219,7 @@ def _summary(totals: Mapping) -> list[str]:
 
 def explain(model: nn.Module) -> Explanation:
     """How each linear and convolution layer of ``model`` runs, in how many us, why not otherwise, and the totals."""
-    found = []
+    found, cross = [], crossing(model)
     for name, module in model.named_modules():
         if hasattr(module, "survivors"):
             plan, share = getattr(module, "plan", None), module.density
@@ -232,6 +232,8 @@ def explain(model: nn.Module) -> Explanation:
             known = weight is not None and not nn.parameter.is_lazy(weight)
             kind, shape = type(module).__name__, tuple(weight.shape) if known else ()
             why = why_not(module) or "no weight of it is pruned"
+            if any(module in (attention, getattr(attention, "in_proj", None)) for attention in cross):
+                why = "queries have another input than keys and values; the output projection alone can be pruned"
             found.append(LayerPlan(name, kind, shape, 1.0, "torch", rejected={"sparse": why}))
     return Explanation(tuple(found), ModelPlan.of(model), *_bytes(model))
 

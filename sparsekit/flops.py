@@ -38,8 +38,9 @@ def positions(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     watched: dict[nn.Module, list[str]] = {}
     for name, module in layers.items():
         watched.setdefault(module, []).append(name)
-    for module in [module for module in watched if isinstance(module, nn.MultiheadAttention)]:
-        watched[module] += watched.pop(module.out_proj, [])  # whose forward is never called
+    for module in [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]:
+        if names := watched.pop(module.out_proj, []):  # whose forward is never called
+            watched.setdefault(module, []).extend(names)
     flags = {module: module.training for module in model.modules()}
     handles = [m.register_forward_hook(counter(names), with_kwargs=True) for m, names in watched.items()]
     try:

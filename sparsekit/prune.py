@@ -31,15 +31,14 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Modu
 
     ``exclude`` holds fnmatch patterns of module or weight names (``"fc3"``, ``"head.*"``); one that
     matches nothing raises ValueError. Plain ``nn.Linear``, ``nn.Conv1d`` and ``nn.Conv2d`` layers (under
-    ``torch.nn.utils.prune`` or not), GPT-2's ``Conv1D``, both projections of ``nn.MultiheadAttention`` and
-    sparsekit's own count; subclasses and reparametrised layers do not, because their forward is unknown
-    (:func:`why_not`). A module reached by two names counts once.
+    ``torch.nn.utils.prune`` or not), GPT-2's ``Conv1D``, both projections of ``nn.MultiheadAttention`` (that of the
+    output alone where it is :func:`crossing`) and sparsekit's own count; subclasses and reparametrised layers do
+    not, because their forward is unknown (:func:`why_not`). A module reached by two names counts once.
     """
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    found, used, left = {}, set(), set()
+    cross = crossing(model)
+    found, used, left = {}, set(), {attention.in_proj for attention in cross if hasattr(attention, "in_proj")}
     for name, module in model.named_modules():
-        if isinstance(module, nn.TransformerDecoderLayer):
-            left |= set(module.multihead_attn.modules())  # in torch's own order, the parent comes first
         if module in left or why_not(module) is not None:
             left |= set(module.modules()) if isinstance(module, nn.MultiheadAttention) else set()
             continue
@@ -47,6 +46,8 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Modu
         if isinstance(module, nn.MultiheadAttention):
             own[f"{name}.out_proj.weight" if name else "out_proj.weight"] = module.out_proj
             left.add(module.out_proj)
+            if module in cross:
+                del own[weight_name(name, module)]
         for weight, layer in own.items():
             hits = {p for p in patterns if fnmatchcase(weight.rpartition(".")[0], p) or fnmatchcase(weight, p)}
             used |= hits
@@ -55,6 +56,14 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Modu
     if missing := [p for p in patterns if p not in used]:
         raise ValueError(f"Expected exclude to name prunable layers ({', '.join(found) or 'none'}), got {missing}")
     return found
+
+
+def crossing(model: nn.Module) -> set[nn.Module]:
+    """The attentions of decoders to what was encoded: their queries have another input than keys and values.
+
+    One packed product would compute rows that nobody needs, so the projection of all three stays dense.
+    """
+    return {module.multihead_attn for module in model.modules() if isinstance(module, nn.TransformerDecoderLayer)}
 
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)

@@ -328,9 +328,22 @@ def test_folded_and_materialised_layers_convert():
         same(fast(x), masked(model, masks)(x))
 
 
-def test_attention_between_two_sequences_stays_dense():
-    model = nn.TransformerDecoderLayer(8, 2, 16)
-    assert not [name for name in sk.prunable(model) if "multihead_attn" in name]
+@pytest.mark.parametrize("impl", ["auto", "csr"])
+def test_decoders_prune_the_output_of_their_attention_to_the_encoder(impl):
+    model = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+    x = torch.randn(3, 5, 16), torch.randn(3, 4, 16)
+    names = [name for name in sk.prunable(model) if "multihead_attn" in name]
+    assert names == ["decoder.layers.0.multihead_attn.out_proj.weight"]
+    masks = sk.prune(model, 0.5, scope="layer")
+    fast, dense = sk.convert(model, masks, x, impl=impl), masked(model, masks)
+    for training in (True, False):
+        same(fast.train(training)(*x), dense.train(training)(*x))
+    assert list(sk.prunable(fast)) == list(sk.prunable(model))
+    assert positions(fast, x) == positions(model, x) and positions(model, x)[names[0]] == 12
+    for one, layer in ((fast, "multihead_attn.in_proj"), (model, "multihead_attn")):
+        (why,) = (row.rejected["sparse"] for row in sk.explain(one).layers if row.name == f"decoder.layers.0.{layer}")
+        assert why == "queries have another input than keys and values; the output projection alone can be pruned"
+    round_trip(model, fast, masks)
 
 
 # ---- Hugging Face -----------------------------------------------------------------------------------

@@ -67,9 +67,12 @@ class SparseMultiheadAttention(nn.Module):
         if query is key and key is value:
             q, k, v = self.in_proj(inner(query)).chunk(3, -1)
         else:
-            bias = (None,) * 3 if self.in_proj.bias is None else self.in_proj.bias.chunk(3)
-            rows = zip((query, key, value), self.in_proj.weight.chunk(3), bias, strict=True)
-            q, k, v = (F.linear(inner(x), weight, b) for x, weight, b in rows)
+            # As many products as there are inputs, as torch's own does.
+            rows, inputs = ((1, 2), (query, key)) if key is value else ((1, 1, 1), (query, key, value))
+            sizes = [count * self.embed_dim for count in rows]
+            bias = (None,) * 3 if self.in_proj.bias is None else self.in_proj.bias.split(sizes)
+            parts = zip(inputs, self.in_proj.weight.split(sizes), bias, strict=False)
+            q, k, v = (y for x, w, b in parts for y in F.linear(inner(x), w, b).split(self.embed_dim, -1))
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         if is_causal and key_padding_mask is None and not need_weights:
