@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="a run's ticket, or a packed file, as a file that trains on or serves")
     export.add_argument("source", metavar="RUN|FILE", type=Path)
-    targets = ("packed", "dense", "prune", "pt2", "aoti", "onnx")
+    targets = ("packed", "dense", "prune", "pt2", "aoti", "onnx", "onnx-packed")
     export.add_argument("--to", required=True, choices=targets, help="pt2, aoti and onnx hold the network too")
     export.add_argument("--round", type=int, help="which round of a run (default: the last finished)")
     export.add_argument("--model", help="the network of pt2, aoti and onnx (default: the run's)")

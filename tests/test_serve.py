@@ -276,24 +276,40 @@ def test_an_onnx_file_gives_what_the_model_gives(tmp_path, sparse_file):
     assert list(tmp_path.iterdir()) == [tmp_path / "m.onnx"]
 
 
-def test_sparse_initialisers_shrink_the_file_and_keep_the_bits(tmp_path):
-    onnx_packages()
+def test_packed_weights_shrink_an_onnx_file_and_keep_the_bits(tmp_path):
+    runtime = onnx_packages()
     import onnx
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
-    masks = sk.prune(model, 0.9, scope="layer") | {"2.weight": torch.rand(64, 256) < 0.5}  # the second is smaller dense
+    model = nn.Sequential(nn.Linear(127, 255), nn.ReLU(), nn.Linear(255, 64)).eval()
+    masks = sk.prune(model, 0.9, scope="layer") | {"2.weight": torch.rand(64, 255) < 0.95}  # the second is best dense
     ticket = sk.convert(model, masks, impl="csr")
     for name in ("dense", "sparse"):
-        save_onnx(ticket, torch.randn(4, 128), tmp_path / f"{name}.onnx", sparse=name == "sparse")
-    dense, small = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("dense", "sparse"))
-    assert {s.values.name for s in small.sparse_initializer} == {"0.weight"} and not dense.sparse_initializer
-    (only,) = small.sparse_initializer
-    want = next(onnx.numpy_helper.to_array(t) for t in dense.initializer if t.name == "0.weight")
-    got = np.zeros(want.size, np.float32)
-    got[onnx.numpy_helper.to_array(only.indices)] = onnx.numpy_helper.to_array(only.values)
-    assert np.array_equal(got.reshape(want.shape), want)
-    assert (tmp_path / "sparse.onnx").stat().st_size < 0.7 * (tmp_path / "dense.onnx").stat().st_size
+        save_onnx(ticket, torch.randn(4, 127), tmp_path / f"{name}.onnx", sparse=name == "sparse")
+    dense, small = (onnx.load(tmp_path / f"{name}.onnx") for name in ("dense", "sparse"))
+    onnx.checker.check_model(small, full_check=True)
+    assert [node.output[0] for node in small.graph.node if node.domain == "sparsekit"] == ["0.weight"]
+    assert not dense.functions and [function.name for function in small.functions] == ["Unpack"]
+    small.graph.output.append(onnx.helper.make_tensor_value_info("0.weight", onnx.TensorProto.FLOAT, [255, 127]))
+    session = runtime.InferenceSession(small.SerializeToString())
+    got = session.run(["0.weight"], {session.get_inputs()[0].name: np.zeros((1, 127), np.float32)})[0]
+    want = next(onnx.numpy_helper.to_array(t) for t in dense.graph.initializer if t.name == "0.weight")
+    assert np.array_equal(got, want)
+    whole, part = 4 * 255 * 127, 4 * int(masks["0.weight"].sum()) + 255 * 127 / 8
+    saved = [(tmp_path / f"{name}.onnx").stat().st_size for name in ("dense", "sparse")]
+    assert saved[0] - saved[1] > whole - part - 2500
+
+
+def test_onnxruntime_unpacks_once(tmp_path):
+    runtime = onnx_packages()
+    import onnx
+
+    options = runtime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "run.onnx")
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    runtime.InferenceSession(save_onnx(sparse(), X, tmp_path / "m.onnx", sparse=True), options)
+    left = {node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node}
+    assert "Conv" in left and not {"Unpack", "CumSum", "Gather", "Where"} & left
 
 
 def test_an_onnx_graph_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
@@ -326,14 +342,14 @@ def packed(tmp_path_factory):
     return path, ticket
 
 
-@pytest.mark.parametrize("to", ["pt2", "onnx"])
+@pytest.mark.parametrize("to", ["pt2", "onnx", "onnx-packed"])
 def test_the_command_line_exports_graphs(packed, tmp_path, to):
     path, ticket = packed
-    out, x = tmp_path / f"m.{to}", torch.randn(5, 1, 8, 8)
-    if to == "onnx":
+    out, x = tmp_path / ("m.pt2" if to == "pt2" else "m.onnx"), torch.randn(5, 1, 8, 8)
+    if to != "pt2":
         runtime = onnx_packages()
     assert main(["export", str(path), "--to", to, "-o", str(out), "--batch", "8"]) == 0
-    if to == "onnx":
+    if to != "pt2":
         session = runtime.InferenceSession(out)
         got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
     else:

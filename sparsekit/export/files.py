@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ __all__ = ["STATES", "TARGETS", "export_file"]
 
 STATES = ("packed", "dense", "prune")
 """Files of tensors; the others hold the graph of a network as well, whose name must be known."""
-_GRAPHS = {"pt2": save_pt2, "aoti": save_aoti, "onnx": save_onnx}
+_ONNX = {"onnx": save_onnx, "onnx-packed": partial(save_onnx, sparse=True)}
+_GRAPHS = {"pt2": save_pt2, "aoti": save_aoti} | _ONNX
 TARGETS = (*STATES, *_GRAPHS)
 _SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
@@ -40,9 +42,10 @@ def export_file(
 
     ``to`` is ``"packed"`` (survivors and masks; :func:`sparsekit.load` reads it), ``"dense"`` (plain
     safetensors, original keys, zeros baked in), ``"prune"`` (the keys of torch.nn.utils.prune), ``"pt2"``
-    (torch.export), ``"aoti"`` (compiled; :mod:`sparsekit.serve` and C++ run it) or ``"onnx"`` (dense). The last three
-    need the network: ``model`` names one of :mod:`sparsekit.models` for images of ``input_shape``, by default
-    those of the run. pt2 and aoti fuse it and measure its formats here, on ``batch`` images.
+    (torch.export), ``"aoti"`` (compiled; :mod:`sparsekit.serve` and C++ run it), ``"onnx"`` (dense) or
+    ``"onnx-packed"`` (as small as packed, unpacked on opening). The last four need the network: ``model`` names one of
+    :mod:`sparsekit.models` for images of ``input_shape``, by default those of the run. pt2 and aoti fuse it and
+    measure its formats here, on ``batch`` images.
     Raises ValueError or FileNotFoundError naming the file.
     """
     if to not in TARGETS:
@@ -90,8 +93,8 @@ def _network(
 def _save_graph(to: str, network: nn.Module, shape: tuple[int, ...], masks: Masks, batch: int, out: Path) -> Path:
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
     x = x.to(next(network.parameters()).dtype)
-    if to == "onnx":
-        return save_onnx(convert(network, masks, impl="dense"), x, out)
+    if to in _ONNX:
+        return _GRAPHS[to](convert(network, masks, impl="dense"), x, out)
     return _GRAPHS[to](fuse(convert(network, masks, x)), x, out)
 
 
