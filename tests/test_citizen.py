@@ -306,6 +306,20 @@ def test_tools(kind, fmt, name):
     assert torch.equal(sparse.weight[~mask], torch.zeros(int((~mask).sum()), dtype=sparse.weight.dtype))
 
 
+@pytest.mark.parametrize("name", ["weight", "values"])
+@each
+def test_a_parametrized_weight_is_refused_and_nothing_changes(kind, fmt, name):
+    _, sparse, x = pair(kind, fmt)
+    before, keys, class_ = sparse(x).detach(), list(sparse.state_dict()), type(sparse)
+    why = {"weight": "does not have a parameter.* with name 'weight'", "values": "Expected values to stay a parameter"}
+    with pytest.raises(ValueError, match=why[name]):
+        parametrize.register_parametrization(sparse, name, nn.Identity())
+    with pytest.raises((ValueError, KeyError)):
+        nn.utils.parametrizations.spectral_norm(sparse, name)
+    assert type(sparse) is class_ and list(sparse.state_dict()) == keys
+    assert torch.equal(sparse(x), before)
+
+
 def test_index_keeps_its_dtype():
     layer = sk.SparseLinear(6, 4, mask=torch.rand(4, 6) < 0.5)
     before = {name: buffer.dtype for name, buffer in layer.named_buffers()}

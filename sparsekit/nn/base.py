@@ -99,6 +99,14 @@ class SparseModule(nn.Module):
         if self.bias is not None:
             self.bias.copy_(dense.bias)
 
+    def __delattr__(self, name: str) -> None:
+        if name == "values":  # torch.nn.utils.parametrize is about to put something else in its place
+            raise ValueError(
+                f"{self.layer_name or type(self).__name__}: Expected values to stay a parameter, got them parametrized "
+                "or deleted; parametrize the dense layer, fold it, then convert"
+            )
+        super().__delattr__(name)
+
     def _apply(self, fn, recurse=True):
         def keeping_index(tensor):  # module.type() asks for another dtype of every buffer
             moved = fn(tensor)
