@@ -23,10 +23,11 @@ __all__ = ["load"]
 def load(path: str | Path, instances: int = 1) -> Callable[..., Any]:
     """The model in a ``.pt2`` file as a function of its inputs; gradients are not recorded.
 
-    Both kinds open in less than a tenth of a second. A package that AOTInductor compiled (``--to aoti``) calls no
-    Python; as many of its ``instances`` may run at once, from threads. It is machine code: open only those you trust.
-    A traced graph (``--to pt2``) runs operator by operator, those of torch and sparsekit and no others; one that holds
-    regions (``torch.cond``, autocast) is refused, and left to ``torch.export.load``, which believes what a file says.
+    Both kinds open in less than a tenth of a second. A package that AOTInductor compiled (``--to aoti``) is machine
+    code and calls no Python; as many of its ``instances`` may run at once, from threads. A traced graph (``--to pt2``)
+    runs operator by operator, those of torch and sparsekit and no others; one that holds regions (``torch.cond``,
+    autocast) is refused, and left to ``torch.export.load``. Nothing is unpickled, but the indices of sparse layers are
+    believed: open only files you trust.
     Raises FileNotFoundError; ValueError when the file is no such package.
     """
     path = Path(path)

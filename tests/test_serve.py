@@ -1,9 +1,13 @@
 """Files that serve: traced, compiled and ONNX graphs give what the model gives, for any batch, here and in C++."""
 
+import functools
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -126,10 +130,18 @@ class Odd(nn.Module):
         return {"flat": (y + self.shift).reshape(n * 8), "rest": (both[:, 1:], torch.arange(n, dtype=torch.int32), n)}
 
 
-def traced(tmp_path, wild=False):
+@functools.cache
+def trace(wild=False):
     torch.manual_seed(0)
     model = sk.convert(Odd(wild).eval(), sk.prune(Odd(), 0.5), impl="csr")
-    return save_pt2(model, torch.randn(4, 8), tmp_path / "odd.pt2"), model
+    with tempfile.TemporaryDirectory() as folder:
+        return save_pt2(model, torch.randn(4, 8), Path(folder, "odd.pt2")).read_bytes(), model
+
+
+def traced(tmp_path, wild=False):
+    path, (content, model) = tmp_path / "odd.pt2", trace(wild)
+    path.write_bytes(content)
+    return path, model
 
 
 def test_a_traced_graph_of_many_kinds(tmp_path):
@@ -181,6 +193,28 @@ def test_a_traced_graph_runs_no_other_code(tmp_path):
             serve.load(edited(traced(tmp_path)[0], name, edit))
     with pytest.raises(ValueError, match=refused + "a call of torch.ops.higher_order"):
         serve.load(traced(tmp_path, wild=True)[0])
+
+
+def test_damaged_traces_are_refused_or_read(tmp_path):
+    path, rng, found = traced(tmp_path)[0], random.Random(0), {"refused": 0, "read": 0}
+    good = path.read_bytes()
+    strange = [b"null", b"-1", b"[]", b"{}", b'""', b"1e999", b"99999999999999999999", b'"torch.ops"', b"true"]
+
+    def mutate(text):
+        words = list(re.finditer(rb'"[a-z_]+"|\d+|true|false|null|\[\]', text))
+        word = rng.choice(words)
+        return text[: word.start()] + rng.choice([*strange, rng.choice(words).group()]) + text[word.end() :]
+
+    for _ in range(300):
+        path.write_bytes(good)
+        entry = rng.choice(["/model.json", "/model.json", "/model_weights_config.json", "/model_constants_config.json"])
+        try:
+            serve.load(edited(path, entry, mutate))
+            found["read"] += 1
+        except ValueError as error:
+            assert "odd.pt2: Expected" in str(error)
+            found["refused"] += 1
+    assert min(found.values()) > 30
 
 
 def test_a_traced_file_serves_without_the_tracer(tmp_path):
