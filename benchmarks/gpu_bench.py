@@ -10,20 +10,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import limits
 import torch
 import torch.nn.functional as F
 from gpu_cases import LAYERS, Case, Layer
-from gpu_rows import Spread, failed, product, row, sets_needed
+from gpu_rows import Spread, failed, product, row
+from gpu_work import Run, Setup, error_of, mask_of, runner
 from torch import Tensor, nn
 
-from sparsekit import Pattern, SparseConv2d, SparseLinear
+from sparsekit import SparseConv2d, SparseLinear
 from sparsekit import format as formats
+from sparsekit.bench.gpu import sets_needed, tuned_bsr, two_of_four
 from sparsekit.clock import Events, Wall, race, rotating
 from sparsekit.kernels import tuning
-from sparsekit.nn import SparseModule
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
@@ -31,8 +31,6 @@ TOLERANCE = {"bfloat16": 4e-3, "float16": 1e-3, "tf32": 2e-3, "float32": 1e-5}  
 _SECONDS = 0.25  # of timing for each thunk
 _SETUP_SECONDS = 75  # that a rival may take to set up, and a row in all
 _LAST = {"memory_format": torch.channels_last}
-Run = Callable[[int], object]
-"""Does the work once on the input set of that number."""
 
 
 def measure(thunks: Mapping[str, Run], sets: int, clock: Wall | Events, seconds: float | None = None) -> dict:
@@ -68,31 +66,6 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def mask_of(case: Case, shape: tuple[int, ...], where: torch.device) -> Tensor:
-    """A random mask of the case's pattern, on ``where``: exactly ``round(density * blocks)`` blocks survive."""
-    generator = torch.Generator().manual_seed(1)
-    if case.format == "nm":
-        pattern = Pattern.parse("2:4")
-        scores = torch.rand(shape, generator=generator)
-        return pattern.nm_mask(scores, torch.ones(shape, dtype=torch.bool)).to(where)
-    rows, cols = case.block
-    blocks = -(-shape[0] // rows) * torch.Size(shape[2:]).numel() * -(-shape[1] // cols)
-    keep = torch.zeros(blocks, dtype=torch.bool)
-    keep[torch.randperm(blocks, generator=generator)[: max(1, round(case.density * blocks))]] = True
-    return Pattern.parse(f"block:{rows}x{cols}").expand(keep, torch.Size(shape)).to(where)
-
-
-class Setup(NamedTuple):
-    """One layer under one mask: dense and sparse modules of the same weight, and rotating inputs and gradients."""
-
-    layer: Layer
-    dense: nn.Module
-    sparse: SparseModule
-    mask: Tensor
-    xs: list[Tensor]
-    dys: list[Tensor]
 
 
 class Bench:
@@ -275,10 +248,13 @@ class Bench:
         if compiled is not None and work in ("forward", "step"):
             found["dense compiled"] = lambda: runner(compiled, setup.xs, setup.dys, work)
         if work == "forward":
+            weight, bias = setup.dense.weight.detach(), setup.dense.bias.detach()
             if "2:4" in case.rivals:
-                found["2:4"] = lambda: semi_structured(setup)
+                found["2:4"] = lambda: _of_sets(two_of_four(weight, bias), setup)
             if "torch bsr" in case.rivals:
-                found["torch bsr"] = lambda: torch_bsr(setup, case.block)
+                found["torch bsr"] = lambda: _of_sets(
+                    tuned_bsr(weight.to_sparse_bsr(case.block), bias, setup.xs[0]), setup
+                )
         return found
 
     # Experiments
@@ -306,125 +282,8 @@ def watched_tuning() -> Iterator[dict[str, dict]]:
         tuning.choose = choose
 
 
-def runner(module: nn.Module, xs: list[Tensor], dys: list[Tensor], work: str) -> Run:
-    """The work of a module as a thunk; for ``dx`` and ``dw`` the forward pass is done beforehand."""
-    weight = module.values if isinstance(module, SparseModule) else module.weight
-    if work == "forward":
-
-        def forward(i):
-            with torch.no_grad():
-                return module(xs[i])
-
-        return forward
-    inputs = [x.detach().requires_grad_(work != "dw") for x in xs]
-    if work == "step":
-        return lambda i: torch.autograd.grad(module(inputs[i]), [inputs[i], weight, module.bias], dys[i])
-    weight.requires_grad_(work == "dw")
-    module.bias.requires_grad_(False)
-    try:
-        outputs = [module(x) for x in inputs]
-    finally:
-        weight.requires_grad_()
-        module.bias.requires_grad_()
-    wanted = inputs if work == "dx" else [weight] * len(inputs)
-    return lambda i: torch.autograd.grad(outputs[i], wanted[i], dys[i], retain_graph=True)
-
-
-@torch.no_grad()
-def error_of(work: str, run: Run, setup: Setup) -> float:
-    """``‖y - ref‖ / ‖ref‖`` against float64, on a slice of set 0; the memory that results land in held NaN."""
-    x, dy, weight = setup.xs[0], setup.dys[0], setup.dense.weight.detach().double()
-    torch.backends.cudnn.benchmark, before = False, torch.backends.cudnn.benchmark  # float64 runs once
-    try:
-        return _error_of(work, run, setup, x, dy, weight)
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-def _error_of(work: str, run: Run, setup: Setup, x: Tensor, dy: Tensor, weight: Tensor) -> float:
-    poison = [torch.full_like(t, torch.nan) for t in (x, dy, setup.sparse.values)]
-    del poison  # back to the allocator, which gives it out again
-    with torch.enable_grad():
-        result = run(0)
-    result = (result,) if work == "forward" else result
-    linear = setup.layer.kind == "linear"
-    some = torch.linspace(0, x.shape[0] - 1, min(x.shape[0], 256 if linear else 2), device=x.device).long()
-    outs = torch.linspace(0, dy.shape[1] - 1, min(dy.shape[1], 64), device=x.device).long()
-
-    def forward(y):
-        a, bias = x[some].double(), setup.dense.bias.double()
-        return y[some], F.linear(a, weight, bias) if linear else F.conv2d(a, weight, bias, padding=1)
-
-    def dx(grad):
-        d = dy[some].double()
-        if linear:
-            return grad[some], d @ weight
-        return grad[some], torch.nn.grad.conv2d_input(x[some].shape, weight, d, padding=1)
-
-    def dw(grad):
-        index = setup.sparse._saved_index()
-        grad = setup.sparse.format.scatter(grad, index, torch.Size(setup.sparse.shape))[outs]
-        d = dy[:, outs].double()
-        full = d.t() @ x.double() if linear else torch.nn.grad.conv2d_weight(x.double(), grad.shape, d, padding=1)
-        return grad, full * setup.mask[outs]
-
-    def dbias(grad):
-        return grad, dy.double().sum([i for i in range(dy.dim()) if i != 1])
-
-    checks = {"forward": [forward], "dx": [dx], "dw": [dw], "step": [dx, dw, dbias]}[work]
-    worst = 0.0
-    for check, tensor in zip(checks, result, strict=True):
-        got, exact = check(tensor)
-        error = float((got.double() - exact).norm() / exact.norm().clamp_min(1e-30))
-        if not error <= worst:  # NaN is the worst
-            worst = error
-    return worst
-
-
-def semi_structured(setup: Setup) -> Run:
-    """torch's own 2:4 product; its mask is another, its time does not depend on density."""
-    from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
-
-    SparseSemiStructuredTensor._FORCE_CUTLASS = False  # on Hopper only cuSPARSELt is fast
-    weight = setup.dense.weight.detach()
-    mask = Pattern.parse("2:4").nm_mask(torch.rand_like(weight, dtype=torch.float32), torch.ones_like(setup.mask))
-    packed = to_sparse_semi_structured(torch.randn_like(weight) * mask)
-    bias = setup.dense.bias.detach()
-
-    def run(i):
-        with torch.no_grad():
-            return F.linear(setup.xs[i], packed, bias)
-
-    return run
-
-
-def torch_bsr(setup: Setup, block: tuple[int, int]) -> Run:
-    """torch's own block-sparse product, tuned; it gives the transposed output."""
-    import triton.testing
-    from torch.sparse._triton_ops import bsr_dense_addmm
-    from torch.sparse._triton_ops_meta import tune_bsr_dense_addmm
-
-    weight = setup.dense.weight.detach().to_sparse_bsr(block)
-    bias = setup.dense.bias.detach()[:, None].expand(-1, setup.xs[0].shape[0]).contiguous()
-    bench = triton.testing.do_bench
-
-    def brief(fn, **_):  # its own half second of warm-up for each try would take minutes
-        return bench(fn, warmup=10, rep=30)
-
-    triton.testing.do_bench = brief
-    try:
-        meta = tune_bsr_dense_addmm(bias, weight, setup.xs[0].t(), store=True)
-    finally:
-        triton.testing.do_bench = bench
-
-    def run(i):
-        return bsr_dense_addmm(bias, weight, setup.xs[i].t(), meta=meta)
-
-    with torch.no_grad():
-        got, exact = run(0)[:, :64].t().double(), setup.dense(setup.xs[0][:64]).double()
-    if not (error := float((got - exact).norm() / exact.norm())) < 2e-2:
-        raise AssertionError(f"wrong by {error:.1e}")
-    return run
+def _of_sets(product: Callable[[Tensor], object], setup: Setup) -> Run:
+    return lambda i: product(setup.xs[i])
 
 
 def facts(device: torch.device) -> dict:

@@ -27,11 +27,6 @@ class Spread(NamedTuple):
         return cls(fifths[0], statistics.median(device), fifths[3], statistics.median(host))
 
 
-def sets_needed(bytes_per_set: int, l2_bytes: int) -> int:
-    """Input sets to rotate among, so that one is cold when its turn comes: together over three times the L2."""
-    return max(2, min(16, 3 * l2_bytes // max(bytes_per_set, 1) + 1))
-
-
 def product(case: Case, layer: Layer, work: str) -> limits.Product:
     """The sparse product of a row."""
     itemsize = 4 if case.dtype in ("tf32", "float32") else 2

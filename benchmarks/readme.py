@@ -16,7 +16,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from sparsekit.bench.figures import crossover
-from sparsekit.bench.runner import read
+from sparsekit.bench.results import read
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = (

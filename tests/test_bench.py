@@ -14,9 +14,9 @@ import torch
 
 from sparsekit import bench
 from sparsekit.__main__ import main
-from sparsekit.bench import cases, compare, problem, rivals, runner, timing
-
-TINY = "linear-8x8 csr"
+from sparsekit.bench import cases, compare, models, problem, rivals, runner, timing
+from sparsekit.bench.results import place, read
+from sparsekit.ticket import train
 
 
 @pytest.fixture(autouse=True)
@@ -114,13 +114,13 @@ def test_what_is_wrong_is_not_timed(no_probe, monkeypatch, tmp_path, capsys):
     out = tmp_path / "r.json"
     argv = ["bench", "overhead", "--filter", "linear-8x8 forward", "--json", str(out)]
     assert main(argv) == 1
-    found = runner.read(out)
+    found = read(out)
     assert found["rows"] == [] and len(found["failed"]) == 2
     assert "NOT TIMED: forward: Expected" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setattr(runner, "probe", lambda where: no_probe)
     assert main(argv) == 0
-    assert len(runner.read(out)["rows"]) == 2 and runner.read(out)["failed"] == {}
+    assert len(read(out)["rows"]) == 2 and read(out)["failed"] == {}
 
 
 def test_a_rival_that_is_wrong_or_broken_is_a_line(monkeypatch):
@@ -145,6 +145,30 @@ def test_a_rival_that_is_wrong_or_broken_is_a_line(monkeypatch):
     assert notes["absent"] == "not installed: pip install no_such_package"
 
 
+def test_a_ticket_and_its_regrouped_rows_are_checked_and_timed(monkeypatch, no_probe):
+    pytest.importorskip("sklearn")
+    real = [case for case in bench.select("models", "quick") if case.masks == "ticket"]
+    assert {(case.work, case.regrouped) for case in real} == {
+        (work, order) for work in ("forward", "step") for order in (False, True)
+    }
+    monkeypatch.setattr(models, "Training", lambda iterations: train.Training(20))
+    models._ticket.cache_clear()
+    rows = [bench.run_case(case, runner.Session("cpu", "quick")) for case in real if case.work == "forward"]
+    models._ticket.cache_clear()
+    assert [(row.masks, row.order) for row in rows] == [("ticket", "natural"), ("ticket", "regrouped")]
+    assert all(0 < row.error < 1e-3 and row.bytes < row.dense_bytes for row in rows)
+    table = runner.table(rows)
+    assert "mlp:64-300-100-10 ticket |" in table and "mlp:64-300-100-10 ticket regrouped |" in table
+
+
+def test_what_wants_data_is_left_out_with_the_reason(monkeypatch, tmp_path, no_probe):
+    monkeypatch.setenv("SPARSEKIT_DATA", str(tmp_path))
+    models._ticket.cache_clear()
+    said = []
+    rows = bench.run("models", filter="lenet ticket forward", say=said.append)
+    assert rows == [] and "lenet-300-100-b60-ticket-d0.1-forward: left out: mnist: Expected" in "\n".join(said)
+
+
 def test_models_are_checked_and_timed(monkeypatch):
     monkeypatch.setitem(cases.MODELS, "mlp:16-32-4", ((16,), 5, 4))
     for work in ("forward", "step"):
@@ -155,8 +179,6 @@ def test_models_are_checked_and_timed(monkeypatch):
 
 
 def test_a_model_that_is_wrong_is_not_timed(monkeypatch):
-    from sparsekit.bench import models
-
     monkeypatch.setitem(cases.MODELS, "mlp:16-32-4", ((16,), 5, 4))
     monkeypatch.setattr(
         models, "convert", lambda model, masks, **how: torch.nn.Sequential(model, torch.nn.Softsign()).eval()
@@ -198,17 +220,17 @@ def test_a_stopped_run_goes_on(no_probe, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(runner, "run_case", stop)
     assert main(argv) == 130
-    before = runner.read(out)["rows"]
+    before = read(out)["rows"]
     assert [row["name"] for row in before] == measured
     monkeypatch.setattr(runner, "run_case", first)
     assert main(argv) == 0
-    after = runner.read(out)
+    after = read(out)
     assert (torch.get_num_threads(), os.sched_getaffinity(0)) == here
     assert after["rows"][:2] == before and len(after["rows"]) == 4 and "1" in after["limits"]
     assert "2 of 4 rows are in the file already" in capsys.readouterr().out
     monkeypatch.setattr(runner, "run_case", None)
     assert main(argv) == 0  # measures nothing
-    assert runner.read(out)["rows"] == after["rows"]
+    assert read(out)["rows"] == after["rows"]
 
 
 def test_a_file_of_another_machine_is_not_mixed(no_probe, tmp_path, capsys):
@@ -220,13 +242,13 @@ def test_a_file_of_another_machine_is_not_mixed(no_probe, tmp_path, capsys):
     out.write_text(json.dumps(found))
     assert main(argv) == 2 and "got abacus" in capsys.readouterr().err
     assert json.loads(out.read_text()) == found
-    assert main([*argv, "--again"]) == 0 and runner.read(out)["environment"]["cpu"] != "abacus"
+    assert main([*argv, "--again"]) == 0 and read(out)["environment"]["cpu"] != "abacus"
 
 
 def test_a_folder_names_the_file(tmp_path):
     facts = {"device": "cpu-x-2c", "date": "2026-01-02", "commit": "abc1234", "dirty": True}
-    assert runner.place(tmp_path, facts) == tmp_path / "cpu-x-2c" / "2026-01-02-abc1234-dirty.json"
-    assert runner.place(tmp_path / "new.json", facts) == tmp_path / "new.json"
+    assert place(tmp_path, facts) == tmp_path / "cpu-x-2c" / "2026-01-02-abc1234-dirty.json"
+    assert place(tmp_path / "new.json", facts) == tmp_path / "new.json"
 
 
 TORN = ["", "[]", "{}", '{"environment": {}, "rows": [{}]}', '{"environment": 1, "rows": []}']
@@ -247,6 +269,7 @@ def test_files_that_are_none(tmp_path, text, capsys):
         (["dance"], "Expected a suite of hero, ops"),
         (["hero", "--filter", "gnn"], "Expected cases named like 'gnn'"),
         (["hero", "--threads", "0"], "Expected --threads of at least 1"),
+        (["hero", "--graphs"], "Expected --graphs with --device cuda"),
         (["--page", "x.txt", "y.json"], "Expected --page OUT.html FILE"),
         (["--base", "no-such-ref"], "Expected --base with a commit"),
     ],
@@ -378,13 +401,17 @@ def test_the_suites_are_benchmarks_of_pytest_too(tmp_path):
     pytest.importorskip("pytest_benchmark")
     root = Path(bench.__file__).resolve().parents[2]
     out = tmp_path / "b.json"
+    rows = tmp_path / "rows.json"
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks/test_suites.py", "--suite", "overhead",
-               "-k", "linear-8x8 and forward", f"--benchmark-json={out}", "-p", "no:cacheprovider"]  # fmt: skip
+               "--rows", str(rows), "-k", "linear-8x8 and forward", f"--benchmark-json={out}",
+               "-p", "no:cacheprovider"]  # fmt: skip
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(command, cwd=root, env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     found = json.loads(out.read_text())["benchmarks"]
     assert len(found) == 2 and all(b["extra_info"]["ratio"] > 0 and b["extra_info"]["error"] < 1e-5 for b in found)
+    kept = read(rows)
+    assert kept["rows"] == [b["extra_info"] for b in found] and kept["limits"]["1"]["flops"]
 
 
 def test_the_readme_is_made_of_rows(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsekit import Pattern
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -50,8 +52,8 @@ def test_cases_come_once_ceilings_first_and_cover_the_tables():
 def test_masks_have_whole_blocks_of_an_exact_number(shape):
     case = gpu_cases.Case("layers", "linear-4096", block=(32, 16), density=0.25)
     mask = gpu_bench.mask_of(case, shape, CPU)
-    assert mask.shape == shape and gpu_bench.Pattern.parse("block:32x16").holds(mask)
-    tiles = gpu_bench.Pattern.parse("block:32x16").group_scores(mask.float(), mask)[1]
+    assert mask.shape == shape and Pattern.parse("block:32x16").holds(mask)
+    tiles = Pattern.parse("block:32x16").group_scores(mask.float(), mask)[1]
     assert int(tiles.sum()) == round(0.25 * tiles.numel())
     assert torch.equal(mask, gpu_bench.mask_of(case, shape, CPU))
 
@@ -88,9 +90,9 @@ def test_occupancy():
 def test_statistics():
     spread = gpu_rows.Spread.of([10, 20, 30, 40, 50, 1000], [1, 2, 3, 4, 5, 6])
     assert (spread.p20, spread.p50, spread.p80, spread.host) == (20, 35, 50, 3.5)
-    assert gpu_rows.sets_needed(10**9, 60 * 2**20) == 2
-    assert gpu_rows.sets_needed(50 * 2**20, 60 * 2**20) * 50 > 3 * 60
-    assert gpu_rows.sets_needed(1, 60 * 2**20) == 16
+    assert gpu_bench.sets_needed(10**9, 60 * 2**20) == 2
+    assert gpu_bench.sets_needed(50 * 2**20, 60 * 2**20) * 50 > 3 * 60
+    assert gpu_bench.sets_needed(1, 60 * 2**20) == 16
 
 
 def test_a_row_takes_the_best_dense_rival_and_its_limit():
@@ -292,6 +294,8 @@ sys.path[:0] = ["tests", "benchmarks"]
 import interpreter
 interpreter.patch()
 import torch
+
+from sparsekit import Pattern
 import gpu_bench
 import gpu_cases
 gpu_bench._SECONDS = 0.001

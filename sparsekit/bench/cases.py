@@ -56,7 +56,9 @@ class Case:
 
     ``work``: ``forward``, ``dx`` and ``dw`` (operators alone), ``step`` (forward and backward), ``memory``
     (bytes, no time). ``block`` (outputs, inputs) are pruned together. ``format`` ``auto`` lets the plan choose.
-    ``level`` is the smallest selection that includes the case: quick, usual or full.
+    ``level`` is the smallest selection that includes the case: quick, usual or full. ``masks`` of models: those of
+    ``magnitude`` pruning of a fresh network, or of a ``ticket`` that a search finds first; ``regrouped`` orders their
+    rows by :func:`sparsekit.regroup`.
     """
 
     suite: str
@@ -68,6 +70,8 @@ class Case:
     block: tuple[int, int] = (1, 1)
     dtype: str = "float32"
     level: str = "usual"
+    masks: str = "magnitude"
+    regrouped: bool = False
 
     @property
     def name(self) -> str:
@@ -76,6 +80,8 @@ class Case:
         parts += [] if self.block == (1, 1) else ["x".join(map(str, self.block))]
         parts += [] if self.format in ("auto", "csr" if self.block == (1, 1) else "bsr") else [self.format]
         parts += [] if self.dtype == "float32" else [self.dtype]
+        parts += [] if self.masks == "magnitude" else [self.masks]
+        parts += ["regrouped"] if self.regrouped else []
         return "-".join([*parts, f"d{self.density:g}", self.work])
 
     @property
@@ -160,8 +166,12 @@ MODELS: dict[str, tuple[tuple[int, ...], int, int]] = {
     "conv6": ((3, 32, 32), 60, 10),
     "resnet50": ((3, 224, 224), 1, 1000),
     "vit-b16": ((3, 224, 224), 1, 1000),
+    "mlp:64-300-100-10": ((64,), 60, 10),
+    "digits-conv": ((1, 8, 8), 60, 10),
 }
 """Model → (input shape, batch, classes)."""
+TICKETS = {"mlp:64-300-100-10": "digits", "digits-conv": "digits", "lenet-300-100": "mnist"}
+"""Model → the data on which its tickets are found."""
 _SMALL_MODELS = ("lenet-300-100", "vgg16", "resnet18")
 
 
@@ -222,13 +232,22 @@ def _block_layers() -> Iterable[Case]:
 
 
 def _models() -> Iterable[Case]:
+    for model in TICKETS:
+        for work, order in itertools.product(("forward", "step"), (False, True)):
+            level = "quick" if model.startswith("mlp:") else "usual"
+            yield Case("models", model, work, 0.1, MODELS[model][1], "auto", level=level, masks="ticket",
+                       regrouped=order)  # fmt: skip
     for model, (_, batch, _) in MODELS.items():
+        if model in TICKETS and model != "lenet-300-100":
+            continue
         for density in (0.2, 0.1, 0.05):
             for work in ("forward", "step"):
                 level = "usual" if model in _SMALL_MODELS else "full"
                 level = "quick" if density == 0.1 and model == "lenet-300-100" else level
                 level = "full" if density != 0.1 and model != "lenet-300-100" else level
                 yield Case("models", model, work, density, batch, "auto", level=level)
+                level = level if density == 0.1 and model in ("lenet-300-100", "vgg16") else "full"
+                yield Case("models", model, work, density, batch, "auto", level=level, regrouped=True)
                 if model != "lenet-300-100":
                     yield Case("models", model, work, density, batch, "auto", (16, 1), level="full")
 

@@ -27,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--json", type=Path, metavar="OUT",
         help="also write the rows to this file, or to OUT/<device>/<date>-<commit>.json; a stopped run goes on there",
     )  # fmt: skip
+    parser.add_argument("--graphs", action="store_true", help="on a GPU: time replays of CUDA graphs, not launches")
     parser.add_argument("--again", action="store_true", help="measure anew what the file has already")
     parser.add_argument(
         "--base", metavar="REF", help="run the same at another commit too, and compare: exit code 1 if worse"
@@ -44,7 +45,7 @@ def execute(args: argparse.Namespace) -> int:
     level = "quick" if args.quick else "full" if args.full else "usual"
     if args.compare:
         from .compare import compare, render
-        from .runner import read
+        from .results import read
 
         changes, alone = compare(*map(read, args.compare))
         if not changes:
@@ -64,13 +65,13 @@ def execute(args: argparse.Namespace) -> int:
         search(level, args.threads, args.json)
         return 0
     if args.list:
-        _list(args.suite, level, args.filter)
+        _list(args.suite, level, args.filter, args.device)
         return 0
     if args.base:
         return _base(args, level)
     try:
         rows = run(args.suite, where=args.device, threads=args.threads, level=level, filter=args.filter, out=args.json,
-                   again=args.again, say=lambda text: print(text, flush=True))  # fmt: skip
+                   again=args.again, graphs=args.graphs, say=lambda text: print(text, flush=True))  # fmt: skip
     except RuntimeError as error:  # wrong results: the rows that are right were printed
         print(f"sparsekit bench: {error}", file=sys.stderr)
         return 1
@@ -79,12 +80,12 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def _list(suite: str, level: str, words: str) -> None:
+def _list(suite: str, level: str, words: str, where: str) -> None:
     from .rivals import RIVALS, absences
 
     for case in select(suite, level, words):
         print(f"{case.suite}/{case.name}")
-    missing = absences()
+    missing = absences(where)
     for rival in RIVALS:
         when = missing.get(rival.name) or ("" if rival.level == "quick" else f"from {rival.level} on")
         print(f"rival {rival.name}: {rival.how}" + (f" ({when})" if when else ""))
@@ -96,9 +97,11 @@ def _base(args: argparse.Namespace, level: str) -> int:
     words = [args.suite, "--device", args.device, *(["--filter", args.filter] if args.filter else [])]
     words += ["--threads", str(args.threads)] if args.threads else []
     words += [f"--{level}"] if level != LEVELS[1] else []
+    words += ["--graphs"] if args.graphs else []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "now.json"
-        run(args.suite, where=args.device, threads=args.threads, level=level, filter=args.filter, out=out)
+        run(args.suite, where=args.device, threads=args.threads, level=level, filter=args.filter, out=out,
+            graphs=args.graphs)  # fmt: skip
         changes, alone = against(args.base, words, out)
     print(f"\n{args.base} -> now\n{render(changes, alone)}")
     return int(any(change.verdict == "worse" for change in changes))

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .runner import read
+from .results import read
 
 __all__ = ["Change", "against", "compare", "render"]
 

@@ -8,17 +8,17 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__, _native, device
+from .runtimes import version
 
 __all__ = ["environment", "pinned"]
 
-_LIBRARIES = ("numpy", "scipy", "triton", "onnxruntime", "openvino", "deepsparse")
+_LIBRARIES = ("numpy", "scipy", "triton", "onnxruntime", "openvino", "deepsparse", "cupy-cuda12x")
 
 
 def environment(where: str = "cpu") -> dict[str, Any]:
@@ -34,7 +34,7 @@ def environment(where: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sparsekit": __version__,
-        "versions": {name: found for name in _LIBRARIES if (found := _version(name))},
+        "versions": {name: found for name in _LIBRARIES if (found := version(name))},
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
     }
@@ -62,13 +62,6 @@ def pinned(threads: int | None) -> Iterator[int]:
 
 def _processors() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git(*words: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from copy import deepcopy
@@ -10,11 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import convert, fuse, models, prune
+from .. import convert, data, fuse, models, prune, regroup
 from ..nn import SparseModule
-from .cases import MODELS, Case
+from ..ticket.train import Training, fit
+from .cases import MODELS, TICKETS, Case
+from .tickets import MaskedSearch
 
-__all__ = ["Prepared", "memory", "prepare"]
+__all__ = ["Prepared", "Unavailable", "memory", "prepare"]
+
+
+class Unavailable(Exception):
+    """A case wants what is not here; the message says how to get it."""
 
 
 @dataclass
@@ -37,20 +44,28 @@ def prepare(case: Case, where: str = "cpu") -> Prepared:
     Inference is timed with batch norms folded on both sides. A step is forward and backward of the mean logit.
     """
     shape, batch, classes = MODELS[case.subject]
-    model = models.build(case.subject, classes=classes, input_shape=shape, seed=0).to(where)
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1)).to(where)
-    masks = prune(model, 1 - case.density, pattern=case.pattern)
+    if case.masks == "ticket":
+        model, masks = map(deepcopy, _ticket(case.subject, case.density))
+    else:
+        model = models.build(case.subject, classes=classes, input_shape=shape, seed=0)
+        masks = prune(model, 1 - case.density, pattern=case.pattern)
+    model, masks = model.to(where), {name: mask.to(where) for name, mask in masks.items()}
     with torch.no_grad():
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
     training = case.work == "step"
     model.train(training)
-    sparse = convert(model, masks, training=training, example_inputs=x)
+    ordered = model
+    if case.regrouped:
+        found = regroup(model, masks, x)
+        ordered, masks = found.model.train(training), found.masks
+    sparse = convert(ordered, masks, training=training, example_inputs=x)
     formats = [m.format.name for m in sparse.modules() if isinstance(m, SparseModule)]
     counts = ", ".join(f"{name} {formats.count(name)}" for name in dict.fromkeys(formats))
     if not training:
         sparse = fuse(sparse)
-    error = _check(sparse, model, masks, x, training)
+    error = _check(sparse, model, ordered, masks, x, training)
     ours = _thunk(sparse, x, training)
     plain = fuse(model) if not training else model
     rivals = {"dense": _thunk(plain, x, training)}
@@ -64,6 +79,27 @@ def prepare(case: Case, where: str = "cpu") -> Prepared:
     weights = sum(mask.numel() for mask in masks.values())
     notes = {"torch.sparse": "has no convolution and no gradient for a fixed pattern"}
     return Prepared({**rivals, "sparse": ours}, notes, tuple(x.shape), weights, *sizes, counts, error)
+
+
+@functools.cache
+def _ticket(subject: str, density: float) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A trained network and its masks after four short rounds of magnitude pruning, rewound to init."""
+    try:
+        dataset = data.load(TICKETS[subject])
+    except (FileNotFoundError, ModuleNotFoundError) as reason:
+        raise Unavailable(str(reason)) from None
+    shape, _, classes = MODELS[subject]
+    init = models.build(subject, classes=classes, input_shape=shape, seed=0)
+    search = MaskedSearch(init, 1 - density**0.25)
+    for _ in range(5):
+        twin = search.open()
+        fit(twin, dataset, Training(200), _order)
+        search.close(twin)
+    return search.trained, search.masks
+
+
+def _order(count: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
 
 
 def _once(thunk: Callable[[], object]) -> float:
@@ -84,12 +120,18 @@ def _thunk(model: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:
     return lambda: torch.autograd.grad(model(x).mean(), wanted)
 
 
-def _check(sparse: nn.Module, model: nn.Module, masks: dict, x: Tensor, training: bool) -> float:
-    """The relative error of the logits, and in training of every gradient, against the model in float64."""
-    exact = deepcopy(model).double()
+def _check(
+    sparse: nn.Module, model: nn.Module, ordered: nn.Module, masks: dict, x: Tensor, training: bool
+) -> float:
+    """The relative error of the logits, and in training of every gradient, against the model in float64.
+
+    ``ordered`` is the model, or the same with its rows in another order, which ``sparse`` was made of.
+    """
+    exact = deepcopy(ordered).double()
     with torch.set_grad_enabled(training):
         want, got = exact(x.double()), deepcopy(sparse)(x)
-    pairs = {"logits": (got.detach().double(), want.detach())}
+    plain = want if ordered is model else deepcopy(model).double()(x.double())
+    pairs = {"logits": (got.detach().double(), plain.detach())}
     if training:
         twin = deepcopy(sparse)
         twin(x).mean().backward()

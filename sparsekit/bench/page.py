@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .runner import read
+from .results import read
 
 __all__ = ["page", "write_page"]
 

@@ -16,13 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from . import gpu, runtimes
 from .problem import Problem, Thunk, dense_thunk
 
 __all__ = ["RIVALS", "Rival", "absences"]
 
 
 class Rival(NamedTuple):
-    """``how`` says how it was set up. ``level``: the smallest selection that times it. ``dtype``: of its result."""
+    """``how`` says how it was set up. ``level``: the smallest selection that times it. ``dtype``: of its result.
+
+    ``needs`` a package, ``where`` a device of this type. ``own_check``: its mask is another, and it checks itself.
+    """
 
     name: str
     how: str
@@ -30,21 +34,27 @@ class Rival(NamedTuple):
     level: str = "usual"
     dtype: torch.dtype | None = None
     needs: str | None = None
+    where: str | None = None
+    own_check: bool = False
 
 
-def absences() -> dict[str, str]:
-    """Rivals that cannot run here, and how to get them."""
+def absences(where: str = "cpu") -> dict[str, str]:
+    """Rivals that cannot run on ``where``, and how to get them."""
     found = {}
     for rival in RIVALS:
-        if rival.needs and importlib.util.find_spec(rival.needs) is None:
+        if rival.where not in (None, where):
+            found[rival.name] = "on a CPU only" if rival.where == "cpu" else "on a GPU only"
+        elif rival.needs and importlib.util.find_spec(rival.needs) is None and not runtimes.python_of(rival.needs):
             found[rival.name] = f"not installed: {_INSTALL.get(rival.needs, f'pip install {rival.needs}')}"
     return found
 
 
 _INSTALL = {
-    "deepsparse": "an environment of its own, pip install 'deepsparse==1.8.0' 'numpy<2' --only-binary :all:",
+    "deepsparse": "an environment of its own, pip install 'deepsparse==1.8.0' 'numpy<2' --only-binary :all:, "
+                  "and SPARSEKIT_DEEPSPARSE_PYTHON=its python",
     "onnxruntime": "pip install onnx onnxruntime",
-}
+    "cupy": "pip install cupy-cuda12x",
+}  # fmt: skip
 
 
 def _dense(p: Problem) -> Thunk:
@@ -85,7 +95,7 @@ def _forward_of_linear(p: Problem) -> str | None:
 def _torch_csr(p: Problem) -> Thunk | str:
     if reason := _forward_of_linear(p):
         return reason
-    if p.case.torch_dtype == torch.bfloat16:
+    if p.case.torch_dtype == torch.bfloat16 and not p.x.is_cuda:
         return "has no bfloat16"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that its CSR support is beta
@@ -106,14 +116,17 @@ def _torch_bsr(p: Problem) -> Thunk | str:
         warnings.simplefilter("ignore")
         weight = p.dense.weight.detach().to_sparse_bsr((rows, cols))
     bias, x = p.dense.bias.detach(), p.x
+    if x.is_cuda:
+        product = gpu.tuned_bsr(weight, bias, x)
+        return lambda: (product(x),)
     return lambda: (torch.nn.functional.linear(x, weight) + bias,)
 
 
 def _scipy(p: Problem) -> Thunk | str:
     if reason := _forward_of_linear(p):
         return reason
-    if p.case.torch_dtype == torch.bfloat16 or p.x.is_cuda:
-        return "has no bfloat16 and no GPU"
+    if p.case.torch_dtype == torch.bfloat16:
+        return "has no bfloat16"
     from scipy.sparse import csr_array
 
     weight, x, bias = csr_array(p.dense.weight.detach().numpy()), p.x.numpy(), p.dense.bias.detach().numpy()
@@ -123,9 +136,7 @@ def _scipy(p: Problem) -> Thunk | str:
 def _serves(p: Problem) -> str | None:
     if p.case.work != "forward":
         return "serves only"
-    if p.case.torch_dtype != torch.float32 or p.x.is_cuda:
-        return "set up for float32 on the CPU only"
-    return None
+    return None if p.case.torch_dtype == torch.float32 else "set up for float32 only"
 
 
 def _onnx(dense: nn.Module, shape: tuple[int, ...]) -> bytes:
@@ -146,63 +157,23 @@ def _onnx(dense: nn.Module, shape: tuple[int, ...]) -> bytes:
     return helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
 
 
-def _onnxruntime(p: Problem) -> Thunk | str:
-    if reason := _serves(p):
-        return reason
-    if importlib.util.find_spec("onnx") is None:
-        return "onnx is not installed: pip install onnx"
-    import onnxruntime
+def _runtime(name: str) -> Callable[[Problem], Thunk | str]:
+    def make(p: Problem) -> Thunk | str:
+        if reason := _serves(p):
+            return reason
+        if importlib.util.find_spec("onnx") is None:
+            return "needs onnx to be handed the layer: pip install onnx"
+        where = runtimes.elsewhere if runtimes.python_of(name) else runtimes.engine
+        run = where(name, _onnx(p.dense, tuple(p.x.shape)), p.x.numpy(), torch.get_num_threads())
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its threads take the others' turns
-    model = _onnx(p.dense, tuple(p.x.shape))
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    feed = {"x": p.x.numpy()}
-    return lambda: session.run(None, feed)
+        def thunk():
+            return (run(),)
 
+        if hasattr(run, "timed"):
+            thunk.timed = run.timed
+        return thunk
 
-def _openvino(p: Problem) -> Thunk | str:
-    if reason := _serves(p):
-        return reason
-    import numpy as np
-    import openvino as ov
-    from openvino import opset13 as op
-
-    weight, bias = (t.detach().numpy() for t in (p.dense.weight, p.dense.bias))
-    x = op.parameter(list(p.x.shape), np.float32)
-    if p.is_linear:
-        y = op.add(op.matmul(x, op.constant(weight), False, True), op.constant(bias[None]))
-    else:
-        stride, padding, dilation, _ = p.geometry
-        y = op.convolution(x, op.constant(weight), stride, padding, padding, dilation)
-        y = op.add(y, op.constant(bias.reshape(1, -1, 1, 1)))
-    options = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1,
-        "PERFORMANCE_HINT": "LATENCY", "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.7,
-    }  # fmt: skip
-    request = ov.Core().compile_model(ov.Model([y], [x]), "CPU", options).create_infer_request()
-    feed = [p.x.numpy()]
-    return lambda: (request.infer(feed)[0],)
-
-
-def _deepsparse(p: Problem) -> Thunk | str:
-    if reason := _serves(p):
-        return reason
-    import tempfile
-
-    import deepsparse
-
-    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-        file.write(_onnx(p.dense, tuple(p.x.shape)))
-        file.flush()
-        engine = deepsparse.Engine(file.name, batch_size=p.x.shape[0], num_cores=torch.get_num_threads())
-    feed = [p.x.numpy()]
-    return lambda: engine.run(feed)
-
-
-def _on_a_gpu(p: Problem) -> str:
-    return "timed by make gpu-bench, with cold caches and CUDA events"
+    return make
 
 
 RIVALS: tuple[Rival, ...] = (
@@ -211,11 +182,14 @@ RIVALS: tuple[Rival, ...] = (
     Rival("dense compiled", "torch.compile, max-autotune-no-cudagraphs", _compiled, "full"),
     Rival("bfloat16", "torch, eager, all in bfloat16; images channels_last", _bfloat16, dtype=torch.bfloat16),
     Rival("torch.sparse csr", "torch.sparse.mm(W_csr, x.t()).t() + b: faster than F.linear", _torch_csr, "quick"),
-    Rival("torch.sparse bsr", "F.linear(x, W_bsr) + b", _torch_bsr),
-    Rival("scipy csr", "csr_array @ x.T, one thread whatever is asked", _scipy, needs="scipy"),
-    Rival("onnxruntime", "dense graph of one node, as many threads, not spinning", _onnxruntime, needs="onnxruntime"),
-    Rival("openvino", "CPU, latency hint, f32, sparse weights decompressed from 0.7", _openvino, needs="openvino"),
-    Rival("deepsparse", "Engine(num_cores=threads)", _deepsparse, needs="deepsparse"),
-    Rival("2:4 cuSPARSELt", "GPU only", _on_a_gpu, "full"),
-    Rival("cuSPARSE", "GPU only", _on_a_gpu, "full"),
-)
+    Rival("torch.sparse bsr", "F.linear(x, W_bsr) + b; on a GPU tuned for the shape first", _torch_bsr),
+    Rival("scipy csr", "csr_array @ x.T, one thread whatever is asked", _scipy, needs="scipy", where="cpu"),
+    Rival("onnxruntime", "dense graph of one node, as many threads, not spinning", _runtime("onnxruntime"),
+          needs="onnxruntime", where="cpu"),
+    Rival("openvino", "CPU, latency hint, f32, sparse weights decompressed from 0.7", _runtime("openvino"),
+          needs="openvino", where="cpu"),
+    Rival("deepsparse", "Engine(num_cores=threads)", _runtime("deepsparse"), needs="deepsparse", where="cpu"),
+    Rival("2:4 cuSPARSELt", "to_sparse_semi_structured: another mask, of 50 %; half precision", gpu.semi_structured,
+          where="cuda", own_check=True),
+    Rival("cuSPARSE", "cupyx csr_matrix @ x.T", gpu.cusparse, needs="cupy", where="cuda"),
+)  # fmt: skip

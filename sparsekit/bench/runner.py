@@ -1,10 +1,7 @@
-"""Runs cases into rows: checked, timed beside their rivals, printed, kept in a file that a later run goes on with."""
+"""Runs cases into rows: checked, timed beside their rivals, printed, kept."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,14 +10,16 @@ from typing import Any
 import torch
 
 from .. import device
-from . import models
-from .cases import LAYERS, LEVELS, MODELS, Case, select
+from ..clock import Events, Wall, graphed, rotating
+from . import gpu, models
+from .cases import LAYERS, LEVELS, Case, select
 from .facts import environment, pinned
 from .problem import Problem, Thunk, pose, sparse_thunk, verdict
+from .results import Results
 from .rivals import RIVALS, absences
 from .timing import Spread, limit, probe, spreads
 
-__all__ = ["Row", "Session", "read", "run", "run_case"]
+__all__ = ["Ready", "Row", "Session", "prepare", "run", "run_case"]
 
 SECONDS = {"quick": 0.08, "usual": 0.2, "full": 0.4}
 
@@ -31,7 +30,8 @@ class Row:
 
     ``rivals`` maps a name to its (p20, p50, p80), ``notes`` one that was not timed to why. ``limit`` is what
     bounds the work, ``flops`` or ``bytes``, at the rates measured in the same run. Rows of ``memory`` have no times,
-    and a ``ratio`` of bytes.
+    and a ``ratio`` of bytes. ``masks`` are ``random``, of ``magnitude`` or of a ``ticket``, ``order`` of their rows
+    ``natural`` or ``regrouped``.
     """
 
     suite: str
@@ -63,15 +63,29 @@ class Row:
     limit_us: float | None = None
     percent_of_limit: float | None = None
     error: float = 0.0
+    masks: str = "random"
+    order: str = "natural"
 
 
 @dataclass
 class Session:
-    """What all rows of a run share: where, how carefully, and the ``rates`` that :func:`timing.probe` found."""
+    """What all rows of a run share: where, how carefully, and the ``rates`` that :func:`timing.probe` found.
+
+    ``graphs``: on a GPU, replays of CUDA graphs are timed instead of launches.
+    """
 
     where: str = "cpu"
     level: str = "usual"
     rates: dict[str, Any] | None = None
+    graphs: bool = False
+
+    def cold(self, thunks: Sequence[Thunk]) -> Thunk:
+        """One thunk of several on buffers of their own, each a CUDA graph where asked."""
+        return rotating([graphed(thunk) for thunk in thunks] if self.graphs else thunks)
+
+    def clock(self, positions: int = gpu.FEW) -> Wall | Events:
+        """The clock for work on so many positions."""
+        return Wall() if self.where == "cpu" else Events(flush=positions < gpu.FEW)
 
     def has(self, level: str) -> bool:
         """Whether what belongs to ``level`` is part of this run."""
@@ -80,7 +94,8 @@ class Session:
 
 def thunks_of(problem: Problem, session: Session) -> tuple[dict[str, Thunk], dict[str, str]]:
     """The rivals of a problem whose results are right, and why the others are missing."""
-    thunks, notes, missing = {}, {}, absences()
+    thunks, notes, missing = {}, {}, absences(session.where)
+    problems = gpu.clones(problem)
     for rival in RIVALS:
         if not session.has(rival.level):
             continue
@@ -92,7 +107,9 @@ def thunks_of(problem: Problem, session: Session) -> tuple[dict[str, Thunk], dic
             if made is None:
                 continue
             if not isinstance(made, str):
-                verdict(made(), problem, rival.dtype)
+                if not rival.own_check:
+                    verdict(made(), problem, rival.dtype)
+                made = session.cold([made, *map(rival.make, problems[1:])])
         except Exception as error:  # a rival that fails is a line of the result, not the end of it
             made = f"failed: {' '.join(str(error).split())[:200] or type(error).__name__}"
         if isinstance(made, str):
@@ -102,38 +119,59 @@ def thunks_of(problem: Problem, session: Session) -> tuple[dict[str, Thunk], dic
     return thunks, notes
 
 
-def run_case(case: Case, session: Session | None = None) -> Row:
-    """Measure one case; raises AssertionError when the sparse result is wrong, because then no time counts."""
+@dataclass
+class Ready:
+    """A case that was checked and can be timed: ``thunks`` holds ``sparse`` and its rivals."""
+
+    case: Case
+    session: Session
+    thunks: dict[str, Thunk]
+    clock: Wall | Events
+    facts: dict[str, Any]
+
+    def row(self) -> Row:
+        """Time all in turn."""
+        return _row(self.case, self.session, self.time(), **self.facts)
+
+    def time(self) -> dict[str, Spread]:
+        """The times of every thunk."""
+        return spreads(self.thunks, SECONDS[self.session.level], self.clock)
+
+
+def prepare(case: Case, session: Session | None = None) -> Ready:
+    """Build a case that takes time and its rivals; raises AssertionError when the sparse result is wrong."""
     session = session or Session()
-    if case.work == "memory":
-        return _memory_row(case)
-    if case.subject in MODELS and case.suite == "models":
-        return _model_row(case, session)
+    if case.suite == "models":
+        found = models.prepare(case, session.where)
+        facts = {
+            "op": "model", "shape": [found.weights], "input": list(found.input), "flops": 0, "moved": 0,
+            "bytes": found.bytes, "dense_bytes": found.dense_bytes, "error": found.error, "format": found.formats,
+            "notes": found.notes, "masks": case.masks, "order": "regrouped" if case.regrouped else "natural",
+        }  # fmt: skip
+        thunks = {name: session.cold([thunk]) for name, thunk in found.thunks.items()}
+        return Ready(case, session, thunks, session.clock(), facts)
     problem = pose(case, session.where)
     layer, thunk = sparse_thunk(problem)
     error = verdict(thunk(), problem, packed=lambda dw: layer.pack(dw.to(layer.values.device)))
     thunks, notes = thunks_of(problem, session)
-    times = spreads({**thunks, "sparse": thunk}, SECONDS[session.level])
+    thunks["sparse"] = session.cold([thunk, *(sparse_thunk(p)[1] for p in gpu.clones(problem)[1:])])
     products = 3 if case.work == "step" else 1
     shape = LAYERS[case.subject]
-    flops = 2 * layer.values.numel() * shape.positions * products
     item = problem.x.element_size()
     index = sum(t.numel() * t.element_size() for t in layer._buffers.values() if t is not None)
-    moved = (problem.x.numel() + problem.dy.numel() + layer.values.numel()) * item * products + index
-    plain = sum(p.numel() * p.element_size() for p in problem.dense.parameters())
-    return _row(
-        case, session, times, notes, op=shape.kind, shape=list(layer.shape), input=list(shape.input), flops=flops,
-        bytes=layer.bytes(), dense_bytes=plain, moved=moved, error=error, format=layer.format.name,
-    )  # fmt: skip
+    facts = {
+        "op": shape.kind, "shape": list(layer.shape), "input": list(shape.input), "format": layer.format.name,
+        "flops": 2 * layer.values.numel() * shape.positions * products, "bytes": layer.bytes(),
+        "moved": (problem.x.numel() + problem.dy.numel() + layer.values.numel()) * item * products + index,
+        "dense_bytes": sum(p.numel() * p.element_size() for p in problem.dense.parameters()), "error": error,
+        "notes": notes,
+    }  # fmt: skip
+    return Ready(case, session, thunks, session.clock(shape.positions), facts)
 
 
-def _model_row(case: Case, session: Session) -> Row:
-    found = models.prepare(case, session.where)
-    times = spreads(found.thunks, SECONDS[session.level])
-    return _row(
-        case, session, times, found.notes, op="model", shape=[found.weights], input=list(found.input), flops=0,
-        bytes=found.bytes, dense_bytes=found.dense_bytes, moved=0, error=found.error, format=found.formats,
-    )  # fmt: skip
+def run_case(case: Case, session: Session | None = None) -> Row:
+    """Measure one case; raises AssertionError when the sparse result is wrong, because then no time counts."""
+    return _memory_row(case) if case.work == "memory" else prepare(case, session).row()
 
 
 def _memory_row(case: Case) -> Row:
@@ -145,7 +183,7 @@ def _memory_row(case: Case) -> Row:
     )  # fmt: skip
 
 
-def _row(case: Case, session: Session, times: dict[str, Spread], notes: dict[str, str], **facts: Any) -> Row:
+def _row(case: Case, session: Session, times: dict[str, Spread], **facts: Any) -> Row:
     ours = times.pop("sparse")
     dense_us = min(t.p50 for name, t in times.items() if name.startswith("dense"))
     flops, moved = facts["flops"], facts["moved"]
@@ -155,134 +193,73 @@ def _row(case: Case, session: Session, times: dict[str, Spread], notes: dict[str
         pattern=case.pattern, dtype=case.dtype, device=device.describe(session.where), threads=torch.get_num_threads(),
         p20_us=ours.p20, p50_us=ours.p50, p80_us=ours.p80, dense_us=dense_us, ratio=dense_us / ours.p50,
         rivals={name: list(spread) for name, spread in times.items()}, gflops=flops / ours.p50 / 1e3 if flops else None,
-        limit=what, limit_us=least, percent_of_limit=100 * least / ours.p50 if least else None, notes=notes, **facts,
+        limit=what, limit_us=least, percent_of_limit=100 * least / ours.p50 if least else None, **facts,
     )  # fmt: skip
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """A result file, checked; raises FileNotFoundError, or ValueError where it is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: Expected a result file of sparsekit bench, got no such file")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found["environment"], dict) or not isinstance(found["rows"], list):
-            raise TypeError("another shape")
-        for row in found["rows"]:
-            _ = row["name"] + row["work"], float(row["ratio"]), row["rivals"].items(), int(row["threads"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: Expected a result file of sparsekit bench, got another ({error!r})") from None
-    return found
-
-
-def write(path: Path, found: dict[str, Any]) -> None:
-    """Replace a result file in one step, so that a kill leaves the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def place(out: Path, facts: dict[str, Any]) -> Path:
-    """The file that ``--json OUT`` means: in a folder, ``<device>/<date>-<commit>.json``."""
-    if out.suffix == ".json" and not out.is_dir():
-        return out
-    dirty = "-dirty" if facts["dirty"] else ""
-    return out / facts["device"] / f"{facts['date']}-{facts['commit'] or 'unknown'}{dirty}.json"
-
-
-def _resume(path: Path | None, facts: dict[str, Any], again: bool) -> dict[str, Any]:
-    """What an earlier run left in the file, if it ran on the same machine, versions and commit."""
-    fresh = {"environment": facts, "limits": {}, "rows": [], "failed": {}}
-    if path is None or not path.exists() or again:
-        return fresh
-    found = fresh | read(path)
-    theirs = found["environment"]
-    changed = [key for key in facts if key != "date" and theirs.get(key) != facts[key]]
-    if changed:
-        key = changed[0]
-        raise ValueError(
-            f"{path}: Expected rows with {key} {facts[key]}, got {theirs.get(key)}: another file, or --again"
-        )
-    return found
 
 
 def run(
     suite: str, *, where: str = "cpu", threads: int | None = None, level: str = "usual", filter: str = "",
-    out: str | Path | None = None, again: bool = False, say: Callable[[str], object] = print,
+    out: str | Path | None = None, again: bool = False, graphs: bool = False, say: Callable[[str], object] = print,
 ) -> list[Row]:  # fmt: skip
     """Run the cases of a suite and print them; returns the rows of this suite, earlier ones in ``out`` included.
 
     ``out`` is a JSON file, or a folder to make ``<device>/<date>-<commit>.json`` in. It is written after every row:
     a run that was stopped goes on where it was, and several suites share a file. A case whose result is wrong has
-    no row; it is printed, kept under ``failed``, and raises RuntimeError at the end.
+    no row; it is printed, kept under ``failed``, and raises RuntimeError at the end. A case that wants what is not
+    here (data, say) is printed with the reason. ``graphs`` times replays of CUDA graphs.
 
     Raises: ValueError on an unknown suite, no cases, no such device, or a file of another machine or commit.
     """
     cases = select(suite, level, filter)
     if where == "cuda" and not torch.cuda.is_available():
         raise ValueError("Expected --device cpu, got cuda: torch sees no CUDA device here (see sparsekit info)")
+    if graphs and where != "cuda":
+        raise ValueError("Expected --graphs with --device cuda, got a CPU, which has none")
     facts = environment(where)  # before pinning, which changes how many processors there seem to be
-    path = None if out is None else place(Path(out), facts)
-    found = _resume(path, facts, again)
     with pinned(threads) as threads:
-        rows, failed = _measure(cases, Session(where, level), facts, found, path, threads, say)
-    if path is not None:
-        write(path, found)
+        results, session = Results(out, facts, threads, again), Session(where, level, graphs=graphs)
+        begin(cases, session, results, facts, say)
+        say(heading())
+        rows, failed = [], []
+        for case in cases:
+            if (kept := results.row(case)) is None:
+                try:
+                    row = run_case(case, session)
+                except models.Unavailable as reason:
+                    say(f"{case.name}: left out: {reason}")
+                    continue
+                except (AssertionError, RuntimeError, ValueError) as error:
+                    failed.append(f"{case.suite}/{case.name}")
+                    why = " ".join(str(error).split())[:300]
+                    results.fail(case, why)
+                    say(f"{case.name}: NOT TIMED: {why}")
+                    continue
+                results.keep(asdict(row))
+            else:
+                row = Row(**kept)
+            rows.append(row)
+            say(line(row))
+        results.save()
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(cases)} cases have no row: {', '.join(failed)}")
     return rows
 
 
-def _measure(
-    cases: Sequence[Case], session: Session, facts: dict[str, Any], found: dict[str, Any], path: Path | None,
-    threads: int, say: Callable[[str], object],
-) -> tuple[list[Row], dict[str, str]]:  # fmt: skip
-    """Fill ``found`` with the rows it lacks; returns the rows of ``cases``, and why some have none."""
-    say(f"{facts['device']}, torch {facts['torch']}, {threads} threads, commit {facts['commit']}"
-        + (" (changed)" if facts["dirty"] else "") + (f" -> {path}" if path else ""))  # fmt: skip
-    for name, reason in absences().items():
+def begin(
+    cases: Sequence[Case], session: Session, results: Results, facts: dict[str, Any], say: Callable[[str], object]
+) -> None:
+    """Say where and with whom, and find the rates that limits are made of, where anything is to be timed."""
+    say(f"{facts['device']}, torch {facts['torch']}, {results.threads} threads, commit {facts['commit']}"
+        + (" (changed)" if facts["dirty"] else "") + (f" -> {results.path}" if results.path else ""))  # fmt: skip
+    for name, reason in absences(session.where).items():
         say(f"without {name}: {reason}")
-    done = {(row["suite"], row["name"], row["threads"]): row for row in found["rows"] if "suite" in row}
-    kept = [key for case in cases if (key := (case.suite, case.name, threads)) in done]
-    if kept:
-        say(f"{len(kept)} of {len(cases)} rows are in the file already (--again measures them anew)")
-    if len(kept) < len(cases) and any(case.work != "memory" for case in cases):
-        session.rates = found["limits"].get(str(threads)) or probe(session.where)
-        found["limits"][str(threads)] = session.rates
+    wanted = [case for case in cases if results.row(case) is None]
+    if len(wanted) < len(cases):
+        say(f"{len(cases) - len(wanted)} of {len(cases)} rows are in the file already (--again measures them anew)")
+    if any(case.work != "memory" for case in wanted):
+        results.rates = results.rates or probe(session.where)
+        session.rates = results.rates
         say(_rates(session.rates))
-    say(heading())
-    rows, failed = [], {}
-    for case in cases:
-        key = (case.suite, case.name, threads)
-        if key not in done:
-            try:
-                row = run_case(case, session)
-            except (AssertionError, RuntimeError, ValueError) as error:
-                failed[f"{case.suite}/{case.name}"] = " ".join(str(error).split())[:300]
-                say(f"{case.name}: NOT TIMED: {failed[f'{case.suite}/{case.name}']}")
-                continue
-            row.device = facts["device"]
-            done[key] = asdict(row)
-            found["rows"].append(done[key])
-            if path is not None:
-                write(path, found)
-        rows.append(Row(**done[key]))
-        say(line(rows[-1]))
-    found["failed"] = {k: why for k, why in found["failed"].items() if not _now_done(k, done, threads)} | failed
-    return rows, failed
-
-
-def _now_done(failed: str, done: dict, threads: int) -> bool:
-    suite, _, name = failed.partition("/")
-    return (suite, name, threads) in done
 
 
 def _rates(rates: dict[str, Any]) -> str:
@@ -311,6 +288,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         label = (row.subject, *([row.pattern] if row.pattern != "unstructured" else []))
         label += ("as dense",) if row.format == "dense" else ()
+        label += tuple(said for said in (row.dtype, row.masks, row.order) if said not in _USUAL)
         cells.setdefault(label, {}).setdefault(row.density, {})[row.work] = row.ratio
     works = list(dict.fromkeys(row.work for row in rows))
     lines = [f"| x best dense, {' / '.join(works)} | " + " | ".join(f"{1 - d:.0%}" for d in densities) + " |"]
@@ -319,6 +297,9 @@ def table(rows: Sequence[Row]) -> str:
         shown = (" / ".join(_ratio(by.get(d, {}).get(work)) for work in works) for d in densities)
         lines.append(f"| {' '.join(label)} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+_USUAL = ("float32", "random", "magnitude", "natural")
 
 
 def _ratio(value: float | None) -> str:
