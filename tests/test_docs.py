@@ -12,6 +12,7 @@ import pytest
 
 import sparsekit
 from sparsekit.__main__ import _parser
+from sparsekit.criteria import CRITERIA
 
 ROOT = Path(sparsekit.__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -53,6 +54,8 @@ def test_pages_build_without_a_warning(tmp_path):
     inventory = (tmp_path / "html" / "objects.inv").read_bytes().split(b"\n", 4)[4]
     names = {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines()}
     assert {f"sparsekit.{name}" for name in sparsekit.__all__} <= names
+    ours = {f"{found.__module__}.{name}" for name, found in CRITERIA.items() if "sparsekit" in found.__module__}
+    assert ours and ours <= names
     page = (tmp_path / "html" / "index.html").read_text()
     assert not re.search(r"""(src|href)=["'](https?:)?//(?!github\.com|www\.sphinx-doc\.org|alabaster)""", page)
 

@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def flow(self) -> Tensor:
-        """d R / d |weight| for R = the sum of outputs of the network of absolute weights on an input of ones.
+        """d R / d ``|weight|`` for R = the sum of outputs of the network of absolute weights on an input of ones.
 
         float64, in eval mode (SynFlow, arXiv:2006.05467, section 6); ``data=`` is needed for the input's shape.
         """

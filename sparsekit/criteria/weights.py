@@ -13,7 +13,7 @@ from .base import Layer, criterion
 
 @criterion
 def magnitude(layer: Layer) -> Tensor:
-    """|w|, the criterion of iterative magnitude pruning (Frankle & Carbin, arXiv:1803.03635)."""
+    """``|w|``, the criterion of iterative magnitude pruning (Frankle & Carbin, arXiv:1803.03635)."""
     return layer.weight.abs()
 
 
@@ -25,63 +25,63 @@ def random(layer: Layer) -> Tensor:
 
 @criterion
 def small_final(layer: Layer) -> Tensor:
-    """-|w|: the reverse of magnitude."""
+    """``-|w|``: the reverse of magnitude."""
     return -layer.weight.abs()
 
 
 @criterion
 def large_init(layer: Layer) -> Tensor:
-    """|w0|."""
+    """``|w0|``."""
     return layer.init.abs()
 
 
 @criterion
 def small_init(layer: Layer) -> Tensor:
-    """-|w0|."""
+    """``-|w0|``."""
     return -layer.init.abs()
 
 
 @criterion
 def large_init_large_final(layer: Layer) -> Tensor:
-    """min(a|w|, |w0|), a bringing the layer's mean |w| to its mean |w0|."""
+    """``min(a|w|, |w0|)``, a bringing the layer's mean ``|w|`` to its mean ``|w0|``."""
     first, last = _same_scale(layer)
     return torch.minimum(first, last)
 
 
 @criterion
 def small_init_small_final(layer: Layer) -> Tensor:
-    """-max(a|w|, |w0|), a bringing the layer's mean |w| to its mean |w0|."""
+    """``-max(a|w|, |w0|)``, a bringing the layer's mean ``|w|`` to its mean ``|w0|``."""
     first, last = _same_scale(layer)
     return -torch.maximum(first, last)
 
 
 @criterion
 def magnitude_increase(layer: Layer) -> Tensor:
-    """|w| - |w0|."""
+    """``|w| - |w0|``."""
     return layer.weight.abs() - layer.init.abs()
 
 
 @criterion
 def movement(layer: Layer) -> Tensor:
-    """|w - w0|."""
+    """``|w - w0|``."""
     return (layer.weight - layer.init).abs()
 
 
 @criterion
 def large_final_same_sign(layer: Layer) -> Tensor:
-    """|w| where training kept the sign of w0, -|w| where it did not."""
+    """``|w|`` where training kept the sign of w0, ``-|w|`` where it did not."""
     return layer.weight.abs() * _stayed(layer)
 
 
 @criterion
 def large_final_diff_sign(layer: Layer) -> Tensor:
-    """|w| where training turned the sign of w0, -|w| where it did not."""
+    """``|w|`` where training turned the sign of w0, ``-|w|`` where it did not."""
     return -layer.weight.abs() * _stayed(layer)
 
 
 @criterion
 def movement_same_sign(layer: Layer) -> Tensor:
-    """|w - w0| where training kept the sign of w0, -|w - w0| where it did not."""
+    """``|w - w0|`` where training kept the sign of w0, ``-|w - w0|`` where it did not."""
     return (layer.weight - layer.init).abs() * _stayed(layer)
 
 
@@ -103,7 +103,7 @@ def _same_scale(layer: Layer) -> tuple[Tensor, Tensor]:
 
 @criterion
 def layer_l1(layer: Layer) -> Tensor:
-    """|w| as a share of the sum over the layer's survivors; rank it with ``scope="global"``."""
+    """``|w|`` as a share of the sum over the layer's survivors; rank it with ``scope="global"``."""
     size = _alive_magnitude(layer)
     return size / _positive(size.sum())
 
@@ -117,14 +117,14 @@ def layer_l2(layer: Layer) -> Tensor:
 
 @criterion
 def layer_softmax(layer: Layer) -> Tensor:
-    """exp|w| as a share of the sum over the layer's survivors; rank it with ``scope="global"``."""
+    """``exp|w|`` as a share of the sum over the layer's survivors; rank it with ``scope="global"``."""
     size = _alive_magnitude(layer).masked_fill(~layer.alive, -torch.inf)
     return torch.softmax(size.flatten(), 0).nan_to_num(0.0).view_as(size)  # NaN where nothing is alive
 
 
 @criterion
 def layer_minmax(layer: Layer) -> Tensor:
-    """|w| from 0 for the least to 1 for the largest of the layer's survivors; rank it with ``scope="global"``."""
+    """``|w|`` from 0 for the least to 1 for the largest of the layer's survivors; rank it with ``scope="global"``."""
     size = _alive_magnitude(layer)
     if not bool(layer.alive.any()):
         return size

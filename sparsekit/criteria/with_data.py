@@ -9,7 +9,7 @@ from .base import Layer, criterion
 
 @criterion
 def snip(layer: Layer) -> Tensor:
-    """|w dL/dw|, connection sensitivity (Lee et al., arXiv:1810.02340); all of ``data`` counts."""
+    """``|w dL/dw|``, connection sensitivity (Lee et al., arXiv:1810.02340); all of ``data`` counts."""
     return (layer.weight * layer.grad).abs()
 
 
@@ -30,11 +30,11 @@ def taylor(layer: Layer) -> Tensor:
 
 @criterion(steps=100)
 def synflow(layer: Layer) -> Tensor:
-    """|w| dR/d|w|, synaptic flow (Tanaka et al., arXiv:2006.05467): float64, 100 steps, ``scope="global"``."""
+    """``|w| dR/d|w|``, synaptic flow (Tanaka et al., arXiv:2006.05467): float64, 100 steps, ``scope="global"``."""
     return layer.weight.double().abs() * layer.flow
 
 
 @criterion
 def wanda(layer: Layer) -> Tensor:
-    """|w| times the root mean square of its input (Sun et al., arXiv:2306.11695, without their per-row ranking)."""
+    """``|w|`` times the root mean square of its input (Sun et al., arXiv:2306.11695, without their per-row ranking)."""
     return layer.weight.abs() * layer.input_rms
