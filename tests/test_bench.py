@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ import torch
 
 from sparsekit import bench
 from sparsekit.__main__ import main
-from sparsekit.bench import cases, compare, models, problem, rivals, runner, timing
+from sparsekit.bench import cases, compare, models, page, problem, rivals, runner, timing
 from sparsekit.bench.results import place, read
 from sparsekit.ticket import train
 
@@ -385,16 +386,37 @@ def test_the_page_holds_everything_itself(tmp_path, capsys):
     assert "abacus &amp; co" in text and "NOT TIMED layers/z: wrong" in text and "in 3 of them sparse loses" in text
 
 
-def test_committed_results_make_a_page(tmp_path):
-    from sparsekit.bench.page import write_page
+CLICKS = """<script>{
+const said = [], named = text => [...document.querySelectorAll('th button')].find(b => b.textContent === text);
+const say = () => said.push([...document.querySelectorAll('tbody tr')].filter(r => !r.hidden)
+  .map(r => r.cells[1].textContent[0]).join(''));
+for (const column of ['ratio', 'ratio', 'case']) { named(column).click(); say(); }
+const field = document.querySelector('input');
+field.value = 'FORWARD b-'; field.dispatchEvent(new Event('input')); say();
+document.body.dataset.said = said.join(' ');
+}</script>"""
 
+
+def test_the_page_sorts_and_filters_in_a_browser(tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("neither chromium nor google-chrome is installed")
+    path = tmp_path / "p.html"
+    path.write_text(page.page([results(b=4.0, a=0.5, c=11.0)]) + CLICKS)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               "--dump-dom", path.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert 'data-said="abc cba abc b"' in done.stdout, done.stderr[-2000:]
+
+
+def test_committed_results_make_a_page(tmp_path):
     folder = Path(bench.__file__).resolve().parents[2] / "benchmarks/results"
     others = ("lenet", "tickets", "regroup", "refill", "compaction", "replicates", "guarantee", "real")  # own formats
     files = [f for f in sorted(folder.glob("cpu-*/*.json")) if not f.name.startswith(others)]
     if not files:
         pytest.skip("an installed package has no results")
     for file in files:
-        assert write_page([file], tmp_path / "p.html").stat().st_size > 1000
+        assert page.write_page([file], tmp_path / "p.html").stat().st_size > 1000
 
 
 def test_the_suites_are_benchmarks_of_pytest_too(tmp_path):
