@@ -1,7 +1,13 @@
 """sparsekit: sparse kernels for PyTorch, so that pruned networks and lottery tickets really run faster."""
 
 from importlib import import_module
+from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING
+
+if _find_spec(f"{__name__}.kernels") is None:
+    raise ModuleNotFoundError(
+        "sparsekit: Expected an installed package, got a source tree; run pip install --no-build-isolation -e ."
+    )
 
 from . import ops as _ops  # noqa: F401 - registers the operators
 from ._version import __version__ as __version__

@@ -3,6 +3,9 @@
 import ast
 import importlib
 import inspect
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +120,14 @@ def test_front_door():
     for name in sparsekit.__all__:
         assert inspect.getdoc(getattr(sparsekit, name)), f"{name} has no docstring"
     assert not sparsekit._HOME.keys() & MODULES.keys()  # importing the module would hide the function
+
+
+def test_a_source_tree_that_was_not_installed_says_so(tmp_path):
+    (tmp_path / "sparsekit").mkdir()
+    shutil.copy(ROOT / "sparsekit/__init__.py", tmp_path / "sparsekit")
+    command = [sys.executable, "-S", "-c", "import sparsekit"]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert "Expected an installed package, got a source tree; run pip install" in done.stderr
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Do it; returns the exit code."""
+    """Do it; returns the exit code. Raises ValueError or FileNotFoundError on options and files that are none."""
     level = "quick" if args.quick else "full" if args.full else "usual"
     if args.compare:
         from .compare import compare, render

@@ -42,7 +42,10 @@ def environment(where: str = "cpu") -> dict[str, Any]:
 
 @contextmanager
 def pinned(threads: int | None) -> Iterator[int]:
-    """Within, torch uses so many threads, on as many processors; gives how many. None changes nothing."""
+    """Within, torch uses so many threads, on as many processors; gives how many. None changes nothing.
+
+    Raises: ValueError below one.
+    """
     if threads is None:
         yield torch.get_num_threads()
         return
