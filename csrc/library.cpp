@@ -3,10 +3,11 @@
 
 #include "cpu/bsr_conv2d.h"
 #include "cpu/bsr_linear.h"
+#include "cpu/code_pages.h"
 #include "cpu/csr_chain.h"
 #include "cpu/csr_conv2d.h"
 #include "cpu/csr_linear.h"
-#include "cpu/code_pages.h"
+#include "cpu/max_pool2d.h"
 #include "sparsekit_schemas.h"
 
 namespace sparsekit {
@@ -54,4 +55,5 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
   m.impl("bsr_conv2d_t", TORCH_BOX(&sparsekit::bsr_conv2d_t));
   m.impl("bsr_conv2d_sddmm", TORCH_BOX(&sparsekit::bsr_conv2d_sddmm));
   m.impl("bsr_conv2d_backward", TORCH_BOX(&sparsekit::bsr_conv2d_backward));
+  m.impl("max_pool2d", TORCH_BOX(&sparsekit::max_pool2d));
 }

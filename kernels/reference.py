@@ -71,13 +71,27 @@ def _conv_weight(dense: Tensor, in_channels: int, kernel_size: list[int], groups
     return dense.reshape(dense.shape[0], in_channels // groups, *kernel_size)
 
 
+def image_format(like: Tensor) -> torch.memory_format:
+    """How a convolution of ``like`` lays out its result: channels_last on a GPU, the format of ``like`` elsewhere."""
+    last = like.is_cuda or (not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last))
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def image(result: Tensor, like: Tensor) -> Tensor:
+    """A result of a convolution of ``like``, laid out so."""
+    form = image_format(like)
+    if result.numel() == 0:
+        return torch.empty_like(result, memory_format=form)  # torch leaves odd strides in an empty gradient
+    return result.contiguous(memory_format=form)
+
+
 def csr_conv2d(
     x, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups,
     code_key=None, activation="none",
 ):  # fmt: skip
     cols = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
     weight = _conv_weight(csr_dense(values, crow_indices, col_indices, cols), x.shape[1], kernel_size, groups)
-    return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation).contiguous()
+    return image(activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation), x)
 
 
 def csr_conv2d_t(
@@ -87,7 +101,7 @@ def csr_conv2d_t(
     channels = weight.shape[1] // (kernel_size[0] * kernel_size[1]) * groups
     weight = _conv_weight(weight, channels, kernel_size, groups)
     shape = (dy.shape[0], channels, *input_size)
-    return torch.nn.grad.conv2d_input(shape, weight, dy, stride, padding, dilation, groups).contiguous()
+    return image(torch.nn.grad.conv2d_input(shape, weight, dy, stride, padding, dilation, groups), dy)
 
 
 def csr_conv2d_sddmm(
@@ -100,7 +114,7 @@ def csr_conv2d_sddmm(
 
 def csr_conv2d_backward(
     dy, x, values, crow_indices, col_indices, t_crow, t_row, t_perm,
-    kernel_size, stride, padding, dilation, groups, need_dx, need_dvalues, need_dbias,
+    kernel_size, stride, padding, dilation, groups, need_dx, need_dvalues, need_dbias, code_key=None,
 ):  # fmt: skip
     empty = dy.new_empty(0)
     conv = (kernel_size, stride, padding, dilation, groups)
@@ -109,6 +123,10 @@ def csr_conv2d_backward(
         csr_conv2d_sddmm(dy, x, crow_indices, col_indices, *conv) if need_dvalues else empty.clone(),
         dy.sum((0, 2, 3)) if need_dbias else empty.clone(),
     )
+
+
+def max_pool2d(x, kernel_size, stride, padding):
+    return F.max_pool2d(x, kernel_size, stride, padding)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

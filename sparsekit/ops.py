@@ -26,7 +26,7 @@ _BLOCKED = {f"{fmt.name}_{verb}": verb for fmt in (bsr.FORMAT, panel.FORMAT) for
 
 TWINS = {name: getattr(reference, name) for name in SCHEMAS if name.startswith("csr_")}
 TWINS |= {name: getattr(blocks_reference, verb) for name, verb in _BLOCKED.items()}
-TWINS |= {"bitmap_linear": bitmap_reference.bitmap_linear}
+TWINS |= {"max_pool2d": reference.max_pool2d, "bitmap_linear": bitmap_reference.bitmap_linear}
 TWINS |= {name: getattr(nm_reference, name) for name in ("nm_linear", "nm_linear_t", "nm_sddmm")}
 """The naive implementation of every operator, by name."""
 
@@ -92,6 +92,10 @@ def csr_linear_backward(
     )
 
 
+def _image(like, *size):
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=reference.image_format(like))
+
+
 def _output_size(x, kernel_size, stride, padding, dilation):
     return [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
@@ -104,7 +108,7 @@ def csr_conv2d(
     code_key=None, activation="none",
 ):  # fmt: skip
     size = _output_size(x, kernel_size, stride, padding, dilation)
-    return x.new_empty(x.shape[0], crow_indices.shape[0] - 1, *size)
+    return _image(x, x.shape[0], crow_indices.shape[0] - 1, *size)
 
 
 @_fake
@@ -112,7 +116,7 @@ def csr_conv2d_t(
     dy, values, t_crow, t_row, t_perm, input_size, kernel_size, stride, padding, dilation, groups
 ):
     channels = (t_crow.shape[0] - 1) // (kernel_size[0] * kernel_size[1]) * groups
-    return dy.new_empty(dy.shape[0], channels, *input_size)
+    return _image(dy, dy.shape[0], channels, *input_size)
 
 
 @_fake
@@ -123,13 +127,18 @@ def csr_conv2d_sddmm(dy, x, crow_indices, col_indices, kernel_size, stride, padd
 @_fake
 def csr_conv2d_backward(
     dy, x, values, crow_indices, col_indices, t_crow, t_row, t_perm,
-    kernel_size, stride, padding, dilation, groups, need_dx, need_dvalues, need_dbias,
+    kernel_size, stride, padding, dilation, groups, need_dx, need_dvalues, need_dbias, code_key=None,
 ):  # fmt: skip
     return (
-        dy.new_empty(x.shape if need_dx else 0),
+        _image(dy, *x.shape) if need_dx else dy.new_empty(0),
         dy.new_empty(values.shape if need_dvalues else 0),
         dy.new_empty(dy.shape[1] if need_dbias else 0),
     )
+
+
+@_fake
+def max_pool2d(x, kernel_size, stride, padding):
+    return x.new_empty(*x.shape[:2], *_output_size(x, kernel_size, stride, padding, (1, 1)))
 
 
 @_fake
@@ -172,11 +181,6 @@ def _blocks_linear_backward(
         dy.new_empty(values.shape if need_dvalues else 0),
         dy.new_empty(dy.shape[1] if need_dbias else 0),
     )
-
-
-def _image(like, *size):
-    image_format = blocks_reference.image_format(like)
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=image_format)
 
 
 def _blocks_conv2d(

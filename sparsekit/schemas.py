@@ -25,13 +25,15 @@ Vocabulary
     tap``, ``t_row int32 [blocks]`` = ``tap * rows + block row within the group``, ``t_perm int32 [blocks]``
     which block, ``t_order int32 [groups * cols]`` input blocks, longest first. Entries of ``values`` outside
     the weight are 0, and so is their gradient. ``activation``: none, relu, gelu (exact), silu.
-    Their convolutions return channels_last tensors on a GPU, elsewhere tensors in the format of x or dy.
     ``bitmap_linear``: ``values [nnz]`` tile row by tile row of 8 x 8 tiles, tile by tile, row by row of a tile;
     ``bitmap int64 [tile rows, tile columns]``, bit ``8 r + c`` set where row r, column c of the tile survives;
     ``offsets int32 [tile rows * runs + 1]`` where each run of 16 tiles starts in ``values``.
     ``nm_*``: ``values [out, in / 2]`` are two of every four inputs, ``choice uint8 [out, in / 4]`` which two (two
     bits each, the lower first), ``t_choice uint8 [in, out / 4]`` the same of the transposed weight.
 
+    ``max_pool2d``: windows reach over padding, which holds nothing; NaN wins. x is contiguous, float32 or float64.
+
+Convolutions return channels_last tensors on a GPU, elsewhere tensors in the format of x or dy.
 A gradient that a ``*_backward`` operator was not asked for comes back as an empty tensor.
 """
 
@@ -97,7 +99,7 @@ SCHEMAS = {
     "csr_conv2d_backward": (
         f"(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, {_T}, "
         f"int[2] kernel_size, {_CONV}, "
-        f"{_NEEDS}) -> (Tensor, Tensor, Tensor)"
+        f"{_NEEDS}, Tensor? code_key=None) -> (Tensor, Tensor, Tensor)"
     ),
     **{f"bsr_{verb}": schema for verb, schema in _BLOCKED.items()},
     **{f"panel_{verb}": schema for verb, schema in _BLOCKED.items() if not verb.endswith("backward")},
@@ -108,5 +110,6 @@ SCHEMAS = {
     "nm_linear": "(Tensor x, Tensor values, Tensor choice, Tensor? bias) -> Tensor",
     "nm_linear_t": "(Tensor dy, Tensor values, Tensor choice, Tensor? t_choice) -> Tensor",
     "nm_sddmm": "(Tensor dy, Tensor x, Tensor choice) -> Tensor",
+    "max_pool2d": "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor",
     "build_info": "() -> str",
 }

@@ -28,6 +28,9 @@ CASES = {
     "strided": (2, (65, 48, 3, 3), (21, 22), dict(padding=1, stride=2)),
     "dilated": (16, (29, 31, 3, 5), (15, 16), dict(padding=(2, 0), dilation=2)),
     "pointwise": (1, (64, 96, 1, 1), (20, 20), {}),
+    "pointwise, many lines": (3, (65, 40, 1, 1), (24, 30), {}),
+    "pointwise, odd": (2, (64, 96, 1, 1), (15, 15), {}),
+    "pointwise, 4 KB apart": (1, (64, 96, 1, 1), (32, 32), {}),
     "7x7": (3, (57, 16, 7, 7), (23, 22), dict(stride=2, padding=3)),
     "one output": (4, (1, 64, 3, 3), (20, 20), dict(padding=1)),
 }
@@ -47,6 +50,48 @@ def conv(x, weight, mask, index, bias=None, activation="none", stride=1, padding
     return ops.csr_conv2d(x, weight[mask], *index.values(), bias, mask.shape[2:], *pairs, 1, code_key, activation)
 
 
+def gradient(dy, x, weight, mask, index, stride=1, padding=0, dilation=1, key=True, needs=(True, True, True)):
+    pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
+    code_key = layout.code_key(*index.values()) if key is True else key
+    lists = *index.values(), *layout.transposed(*index.values(), layout.columns(mask.shape)).values()
+    return ops.csr_conv2d_backward(dy, x, weight[mask], *lists, mask.shape[2:], *pairs, 1, *needs, code_key)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_against_the_dense_oracle(case):
+    n, shape, size, how = CASES[case]
+    weight, mask, index = make(shape)
+    x = randn(n, shape[1], *size)
+    exact, w = x.double().requires_grad_(), weight.double().requires_grad_()
+    y = F.conv2d(exact, w, **how)
+    dy = randn(*y.shape, seed=5)
+    dx, dw = torch.autograd.grad(y, (exact, w), dy.double())
+    for form in (torch.contiguous_format, torch.channels_last):
+        poison(dx.float())
+        got = gradient(dy.contiguous(memory_format=form), x, weight, mask, index, **how)
+        check(got[0], dx)
+        check(got[1], dw[mask])
+        check(gradient(dy, x, weight, mask, index, **how, needs=(True, False, False))[0], dx)
+
+
+def test_input_gradients_run_on_code_for_any_number_of_threads():
+    layer, before, results = make((64, 100, 3, 3)), torch.get_num_threads(), []
+    x, dy = randn(2, 100, 29, 29), randn(2, 64, 15, 15, seed=2)
+    how = dict(stride=2, padding=1)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(gradient(dy, x, *layer, **how))
+            results[-1] += (gradient(randn(17, 64, 8, 8), randn(17, 100, 10, 10), *layer)[0],)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    plain = gradient(dy, x, *layer, **how, key=None)
+    assert not torch.equal(plain[0], results[0][0])  # another order of additions: no code ran there
+    assert torch.equal(plain[1], results[0][1]) and torch.equal(plain[2], results[0][2])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_against_the_dense_oracle(case):
     n, shape, size, how = CASES[case]
@@ -62,6 +107,9 @@ def test_against_the_dense_oracle(case):
 @pytest.mark.parametrize("key", [True, None], ids=["code", "no code"])
 def test_activations(activation, key):
     layer, x, bias = make((40, 64, 3, 3)), randn(3, 64, 14, 14), randn(40, seed=3)
+    expected = getattr(F, activation)(F.conv2d(x.double(), layer[0].double(), bias.double()))
+    check(conv(x, *layer, bias, activation, key=key), expected)
+    layer, x = make((40, 64, 1, 1)), randn(3, 64, 20, 20)[1:]  # read and written in place
     expected = getattr(F, activation)(F.conv2d(x.double(), layer[0].double(), bias.double()))
     check(conv(x, *layer, bias, activation, key=key), expected)
 
@@ -128,6 +176,11 @@ def test_nonfinite_values_reach_exactly_what_depends_on_them(bad):
     where[1, 63, 0, 13] = 1
     y = conv(x, weight, mask, index, padding=1)
     assert torch.equal(y.isfinite(), F.conv2d(where, mask.float(), padding=1) == 0)
+    dy = randn(2, 60, 14, 14)
+    dy[1, 59, 0, 13] = bad
+    where = (~dy.isfinite()).float()
+    dx = gradient(dy, randn(2, 64, 14, 14), weight, mask, index, padding=1)[0]
+    assert torch.equal(dx.isfinite(), F.conv_transpose2d(where, mask.float(), padding=1) == 0)
 
 
 def test_the_switch_turns_it_off():

@@ -263,6 +263,18 @@ def test_conv_types_and_formats(name, n, dtype, memory_format):
     check_conv(CONVS[name], n, dtype, memory_format=memory_format)
 
 
+@pytest.mark.parametrize("n", [1, 3, 16])
+@pytest.mark.parametrize("name", ["3x3", "3x3-stride2", "grouped"])
+def test_conv_results_lie_as_their_input_does(name, n):
+    conv, w = CONVS[name], CONVS[name].weight()
+    for form in (torch.contiguous_format, torch.channels_last):
+        x = randn(n, conv.channels, *conv.size).contiguous(memory_format=form)
+        y = ops.csr_conv2d(x, w.values, *w.csr, None, *conv.geometry)
+        dx = ops.csr_conv2d_backward(y, x, w.values, *w.csr, *w.csc, *conv.geometry, True, True, True)[0]
+        assert y.stride() == torch.empty(y.shape).contiguous(memory_format=form).stride()
+        assert dx.stride() == x.stride()
+
+
 @pytest.mark.parametrize("n", [2, 16])
 @pytest.mark.parametrize("density", [0, 1])
 def test_conv_densities(density, n):

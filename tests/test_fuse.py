@@ -9,6 +9,7 @@ from sparsekit import format as formats
 from sparsekit.nn import compaction
 from sparsekit.nn.bordered import BorderedConv2d
 from sparsekit.nn.fuse import Applied
+from sparsekit.nn.pool import Pooled
 
 
 class Block(nn.Module):
@@ -86,6 +87,25 @@ def test_to_dense_puts_activations_back():
     assert [type(module) for module in dense] == [nn.Linear, nn.ReLU, nn.Linear]
     x = torch.randn(3, 16)
     torch.testing.assert_close(dense(x), sparse(x))
+
+
+def test_pools_are_the_same_to_the_bit_and_come_back():
+    pools = nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *pools).eval()
+    sparse = sk.convert(model, sk.prune(model, 0.5), impl="csr")
+    fused = sk.fuse(sparse)
+    assert [isinstance(module, Pooled) for module in fused] == [False, True, True, False, False]
+    x = torch.randn(2, 3, 40, 37)
+    for one in (x, x[0], x.contiguous(memory_format=torch.channels_last)):
+        with torch.no_grad():
+            assert torch.equal(fused(one), sparse(one))
+            assert fused(one).stride() == sparse(one).stride()
+    x.requires_grad_()
+    assert torch.equal(*(torch.autograd.grad(m(x).square().sum(), x)[0] for m in (fused, sparse)))
+    assert torch.equal(torch.func.jvp(fused, (x.detach(),), (x.detach(),))[1],
+                       torch.func.jvp(sparse, (x.detach(),), (x.detach(),))[1])  # fmt: skip
+    assert [type(module) for module in sk.to_dense(fused)] == [nn.Conv2d] + [nn.MaxPool2d] * 4
+    assert sk.to_dense(fused)[1].kernel_size == 3
 
 
 def test_what_is_called_twice_stays():

@@ -73,6 +73,12 @@ def conv_calls(n, out, inputs, size, kernel, stride=(1, 1), padding=(0, 0), dila
     }
 
 
+def pool_calls(n, channels, size):
+    """Arguments of the pooling operator."""
+    x = torch.randn(n, channels, *size)
+    return {"max_pool2d": [(x, [3, 3], [2, 2], [1, 1]), (x.double(), [2, 3], [1, 4], [0, 1])]}
+
+
 def blocks(shape, density, groups=1, block=(8, 16)):
     """A random block weight: values, forward index, gradient index, transposed list."""
     cells = bl.blocks(torch.ones(shape), block, groups)
@@ -166,6 +172,7 @@ CASES = [
     *[pytest.param(bitmap_calls, LINEARS[name], id=f"bitmap linear {name}") for name in LINEARS],
     *[pytest.param(nm_calls, LINEARS[name], id=f"nm linear {name}") for name in ("plain", "no batch")],
     *[pytest.param(bsr_conv_calls, CONVS[name], id=f"bsr conv {name}") for name in CONVS],
+    *[pytest.param(pool_calls, (n, 3, (7, 9)), id=f"pool {n}") for n in (0, 2)],
 ]
 
 
@@ -177,7 +184,7 @@ def test_cases_cover_the_table():
     kinds = (chain_calls, linear_calls, bsr_linear_calls, panel_calls, bitmap_calls, nm_calls)
     linears = {name for calls in kinds for name in calls(*LINEARS["plain"])}
     convs = {name for calls in (conv_calls, bsr_conv_calls, panel_calls) for name in calls(*CONVS["plain"])}
-    assert {*linears, *convs, "build_info"} == SCHEMAS.keys()
+    assert {*linears, *convs, *pool_calls(1, 1, (4, 4)), "build_info"} == SCHEMAS.keys()
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

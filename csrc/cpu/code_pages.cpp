@@ -53,7 +53,8 @@ const std::string& code_available() {
   return reason;
 }
 
-CodePages::CodePages(const std::vector<uint8_t>& code) : data_(executable(code.data(), code.size())), size_(code.size()) {}
+CodePages::CodePages(const std::vector<uint8_t>& code)
+    : data_(executable(code.data(), code.size())), size_(code.size()) {}
 
 CodePages::~CodePages() {
   if (data_ != nullptr) release(data_, size_);
@@ -96,12 +97,15 @@ const std::vector<PieceSorter::Survivor>& PieceSorter::take(Span rows, Span indi
   start_.assign(size_t(indices.end - indices.begin + 1), 0);
   const auto each = [&](const auto& f) {
     for (int64_t r = 0; r < count; ++r)
-      for (int32_t p = from_[size_t(r)]; p < to_[size_t(r)]; ++p) f(int32_t(r), p, int32_t(lists_.index[p] - indices.begin));
+      for (int32_t p = from_[size_t(r)]; p < to_[size_t(r)]; ++p)
+        f(int32_t(r), p, int32_t(lists_.index[p] - indices.begin));
   };
   each([&](int32_t, int32_t, int32_t k) { ++start_[size_t(k + 1)]; });
   for (size_t k = 1; k < start_.size(); ++k) start_[k] += start_[k - 1];
   survivors_.resize(size_t(start_.back()));
-  each([&](int32_t r, int32_t p, int32_t k) { survivors_[size_t(start_[size_t(k)]++)] = {r, k, perm_ ? perm_[p] : p}; });
+  each([&](int32_t r, int32_t p, int32_t k) {
+    survivors_[size_t(start_[size_t(k)]++)] = {r, k, perm_ ? perm_[p] : p};
+  });
   return survivors_;
 }
 

@@ -82,7 +82,7 @@ inline void check_code_key(const Tensor& key) {
                   "Expected code_key of dtype int64 and shape [2] on the CPU, got shape ", shape_of(key));
 }
 
-// Code by the name of its mask; the least recently used goes when all of it exceeds 64 MiB.
+// Code, or a table, by the name of its mask; the least recently used goes when all of it exceeds 64 MiB.
 template <class Code>
 class CodeCache {
  public:
@@ -104,14 +104,14 @@ class CodeCache {
     if (refused_) return nullptr;
     const std::shared_ptr<const Code> code = make();
     if (code == nullptr) return nullptr;
-    if (!code->pages()) {
+    if (!code->usable()) {
       refused_ = true;
       return nullptr;
     }
     entries_.push_front({{wanted[0], wanted[1]}, code});
     size_t held = 0;
     for (auto e = entries_.begin(); e != entries_.end();) {
-      held += e->code->pages().size();
+      held += e->code->bytes();
       e = held > kBytes && e != entries_.begin() ? entries_.erase(e) : std::next(e);
     }
     return code;

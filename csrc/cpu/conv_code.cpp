@@ -6,9 +6,11 @@ namespace sparsekit {
 namespace {
 
 // When code pays, in nanoseconds as measured on Zen 4: per line it saves some for every survivor, which must make up
-// for each activation loaded and for fetching the code itself, once per call.
-constexpr double kSaved = 0.12, kLoad = 0.2, kFetchByte = 0.05;
+// for each activation loaded and for fetching the code itself, once per call; from farther away when a training step
+// ran in between.
+constexpr double kSaved = 0.12, kLoad = 0.2, kFetchByte = 0.05, kTrainingFactor = 2.0;
 constexpr double kMostCode = 8 << 20;
+constexpr int64_t kNowhere = -1000;
 constexpr int64_t kSurvivorBytes = 7, kLoadBytes = 10, kPieceBytes = 24 << 10;
 
 using Function = void (*)(const float* x, const float* values, float* y, const float* bias);
@@ -16,26 +18,67 @@ using Function = void (*)(const float* x, const float* values, float* y, const f
 int64_t blocks_of(int64_t rows) { return (rows + ConvCode::kBlockRows - 1) / ConvCode::kBlockRows; }
 
 // Columns that blocks load, if survivors lie at random.
-double loads_of(const Lists& lists, int64_t columns) {
-  return meetings(double(lists.nnz), double(blocks_of(lists.rows) * columns));
+double loads_of(int64_t nnz, int64_t rows, int64_t columns) {
+  return meetings(double(nnz), double(blocks_of(rows) * columns));
 }
 
-// Whether code for these lists would pay: a function of sizes alone, so that equal calls give equal bits.
-bool pays(const Lists& lists, int64_t columns, int64_t lines) {
-  const double nnz = double(lists.nnz), loads = loads_of(lists, columns);
-  const double bytes = kSurvivorBytes * nnz + kLoadBytes * loads;
-  return bytes <= kMostCode && double(lines) * (kSaved * nnz - kLoad * (loads - 0.5 * nnz)) > kFetchByte * bytes;
+// Whether code would pay: a function of sizes alone, so that equal calls give equal bits.
+bool pays(const Tensor& key, const Grid<float>& grid, int64_t nnz, int64_t rows, int64_t columns, int64_t lines,
+          double fetch) {
+  check_code_key(key);
+  // Places are compiled in as 32 bits of bytes.
+  if (nnz == 0 || code_available() != "yes" || grid.size() >= int64_t(1) << 29) return false;
+  const double loads = loads_of(nnz, rows, columns), bytes = kSurvivorBytes * double(nnz) + kLoadBytes * loads;
+  const double gain = kSaved * double(nnz) - kLoad * (loads - 0.5 * double(nnz));
+  return bytes <= kMostCode && double(lines) * gain > fetch * bytes;
 }
 
 }  // namespace
 
-ConvCode::ConvCode(const Lists& lists, const std::vector<int32_t>& of_column, int64_t stride)
-    : rows_(lists.rows), nnz_(lists.nnz), stride_(stride), outline_(lists), of_column_(of_column),
-      blocks_(blocks_of(lists.rows)) {
+CodeSource CodeSource::forward(const Conv& c, const Grid<float>& x, const Lists& lists) {
+  CodeSource source;
+  source.crow.assign(lists.crow, lists.crow + lists.rows + 1);
+  source.index.assign(lists.index, lists.index + lists.nnz);
+  source.of_column = column_offsets(c, x);
+  return source;
+}
+
+CodeSource CodeSource::transposed(const Conv& c, const Grid<float>& dy, const Lists& t, const int32_t* perm,
+                                  int64_t corner) {
+  for (int64_t p = 0; p < t.nnz; ++p)
+    if (perm[p] < 0 || perm[p] >= t.nnz) return {};
+  CodeSource source;
+  std::vector<std::pair<int32_t, int32_t>> row;  // column, place of its value
+  source.crow.push_back(0);
+  for (int64_t i = 0; i < c.in; ++i)
+    for (int64_t phase = 0; phase < c.phases(); ++phase) {
+      row.clear();
+      for (int64_t tap = 0; tap < c.taps(); ++tap) {
+        if ((tap / c.kw * c.dh % c.sh) * c.sw + tap % c.kw * c.dw % c.sw != phase) continue;
+        for (int32_t p = t.crow[i * c.taps() + tap]; p < t.crow[i * c.taps() + tap + 1]; ++p)
+          row.emplace_back(int32_t(t.index[p] * c.taps() + tap), perm[p]);
+      }
+      std::sort(row.begin(), row.end());
+      for (const auto& [column, value] : row) source.index.push_back(column), source.perm.push_back(value);
+      source.crow.push_back(int32_t(source.index.size()));
+    }
+  for (int64_t o = 0; o < c.out; ++o)
+    for (int64_t tap = 0; tap < c.taps(); ++tap) {
+      const int64_t y = tap / c.kw * c.dh, x = tap % c.kw * c.dw;
+      source.of_column.push_back(
+          int32_t(o * dy.channel_size() + (corner - y / c.sh * dy.pitch - x / c.sw) * dy.lanes));
+    }
+  return source;
+}
+
+ConvCode::ConvCode(const Lists& mask, const Geometry& geometry, const CodeSource& source)
+    : rows_(int64_t(source.crow.size()) - 1), stride_(geometry.detail), outline_(mask), geometry_(geometry),
+      blocks_(blocks_of(rows_)) {
+  const Lists lists{source.crow.data(), source.index.data(), rows_, int64_t(source.index.size())};
   block_rows_ = (rows_ + blocks_ - 1) / blocks_;
   blocks_ = (rows_ + block_rows_ - 1) / block_rows_;
-  const int64_t columns = int64_t(of_column.size());
-  const int64_t bytes = int64_t(kSurvivorBytes * double(nnz_) + kLoadBytes * loads_of(lists, columns));
+  const int64_t columns = int64_t(source.of_column.size());
+  const int64_t bytes = int64_t(kSurvivorBytes * double(lists.nnz) + kLoadBytes * loads_of(lists.nnz, rows_, columns));
   chunks_ = std::clamp<int64_t>(bytes / (blocks_ * kPieceBytes), 1, columns);
   const int64_t chunk = (columns + chunks_ - 1) / chunks_;
   chunks_ = (columns + chunk - 1) / chunk;
@@ -43,7 +86,8 @@ ConvCode::ConvCode(const Lists& lists, const std::vector<int32_t>& of_column, in
   std::vector<uint8_t> code;
   code.reserve(size_t(bytes + bytes / 8 + blocks_ * chunks_ * 1024));
   Writer write(code);
-  PieceSorter sorter(lists, nullptr);
+  const int32_t* perm = source.perm.empty() ? nullptr : source.perm.data();
+  PieceSorter sorter(lists, perm);
   for (int64_t block = 0; block < blocks_; ++block) {
     const int count = int(row(block + 1) - row(block));
     for (int64_t c = 0; c < chunks_; ++c) {
@@ -55,18 +99,24 @@ ConvCode::ConvCode(const Lists& lists, const std::vector<int32_t>& of_column, in
       write.begin();
       for (int r = 0; r < count; ++r) {
         if (c == 0) write.broadcast(r, kBias, r);
-        else write.load_far(r, kY, r * stride * 4);
+        else write.load_far(r, kY, r * stride_ * 4);
       }
       int loaded = 0, x = 0;
       int32_t column = -1;
+      int64_t near = kNowhere;  // where an anchor points: the values of a few inputs of one output are neighbours
       for (const auto [r, index, value] : survivors) {
         if (index != column) {
           column = index, x = int(kBlockRows) + loaded++ % 4;
-          write.load_far(x, kX, int64_t(of_column[size_t(some.begin + column)]) * 4);
+          write.load_far(x, kX, int64_t(source.of_column[size_t(some.begin + column)]) * 4);
         }
-        weights.multiply_add(r, x, value);
+        if (perm == nullptr) {
+          weights.multiply_add(r, x, value);
+          continue;
+        }
+        if (value < near - 128 || value > near + 127) write.point(kAnchors[0], near = value);
+        write.multiply_add(r, x, kAnchors[0], value - near);
       }
-      for (int r = 0; r < count; ++r) write.store_far(r, kY, r * stride * 4);
+      for (int r = 0; r < count; ++r) write.store_far(r, kY, r * stride_ * 4);
       write.finish();
     }
   }
@@ -97,19 +147,31 @@ void ConvCode::run(Span blocks, const float* x, const int32_t* starts, int64_t l
     }
 }
 
-std::shared_ptr<const ConvCode> ConvCode::find(const Tensor& key, const Lists& lists,
-                                               const std::vector<int32_t>& of_column, int64_t stride, int64_t lines) {
-  check_code_key(key);
-  if (lists.nnz == 0 || code_available() != "yes" || !pays(lists, int64_t(of_column.size()), lines)) return nullptr;
+template <class Make>
+std::shared_ptr<const ConvCode> ConvCode::find(const Tensor& key, const Lists& mask, const Geometry& geometry,
+                                               const Make& make) {
   return CodeCache<ConvCode>::all().find(
-      key,
-      [&](const ConvCode& c) {
-        return c.nnz_ == lists.nnz && c.stride_ == stride && c.of_column_ == of_column && c.outline_.describes(lists);
-      },
+      key, [&](const ConvCode& code) { return code.geometry_ == geometry && code.outline_.describes(mask); },
       [&]() -> std::shared_ptr<const ConvCode> {
-        if (!ascend(lists)) return nullptr;
-        return std::shared_ptr<const ConvCode>(new ConvCode(lists, of_column, stride));
+        if (!ascend(mask)) return nullptr;
+        const CodeSource source = make();
+        if (source.crow.empty()) return nullptr;
+        return std::shared_ptr<const ConvCode>(new ConvCode(mask, geometry, source));
       });
+}
+
+std::shared_ptr<const ConvCode> ConvCode::find_forward(const Tensor& key, const Conv& c, const Grid<float>& x,
+                                                       const Lists& lists, int64_t stride, int64_t lines) {
+  if (!pays(key, x, lists.nnz, lists.rows, c.in * c.taps(), lines, kFetchByte)) return nullptr;
+  return find(key, lists, geometry_of(c, x, -1, stride), [&] { return CodeSource::forward(c, x, lists); });
+}
+
+std::shared_ptr<const ConvCode> ConvCode::find_transposed(const Tensor& key, const Conv& c, const Grid<float>& dy,
+                                                          const Lists& t, const int32_t* perm, int64_t corner,
+                                                          int64_t stride, int64_t lines) {
+  if (!pays(key, dy, t.nnz, c.in * c.phases(), c.out * c.taps(), lines, kTrainingFactor * kFetchByte)) return nullptr;
+  return find(key, t, geometry_of(c, dy, corner, stride),
+              [&] { return CodeSource::transposed(c, dy, t, perm, corner); });
 }
 
 Span ConvCode::share(int64_t parts, int64_t part) const {

@@ -1,54 +1,19 @@
 #include "csr_conv2d.h"
 
-#include "bsr_blocks.h"
 #include "conv_checks.h"
-#include "conv_code.h"
+#include "conv_code_product.h"
 #include "conv_layout.h"
-#include "conv_product.h"
 
 namespace sparsekit {
 namespace {
 
-// The same product as BlockProduct's by machine code.
-struct CodeProduct {
-  const ConvCode& code;
-  const Grid<float>& grid;
-  const Strips<float>& strips;
-  const float* values;
-  const float* bias;
-  const Target<float>& target;
-  Activation activation;
-  double cost;  // of a line
-
-  static int64_t stride(const Strips<float>& strips) { return (strips.strip_lines() | 1) * kLanes<float>; }
-
-  void run(const Batch& batch, int64_t first, int64_t groups) const {
-    const double all = cost * double(groups * strips.count() * strips.strip_lines());
-    each_strip(strips, batch, first, groups, all, [&](int64_t group, int64_t strip, int64_t splits, int64_t split,
-                                                      const Target<float>::Piece& piece) {
-      run_strip(group, strip, code.share(splits, split), piece);
-    });
-  }
-
- private:
-  void run_strip(int64_t group, int64_t strip, Span all, const Target<float>::Piece& piece) const {
-    constexpr int64_t kResultBytes = 256 << 10;  // results of a strip waiting in L2 to be stored
-    const int64_t pitch = stride(strips), lines = strips.strip_lines();
-    const int64_t step = std::max<int64_t>(1, kResultBytes / (ConvCode::kBlockRows * pitch * int64_t(sizeof(float))));
-    float* tile = Workspace::mine().get<float>(Workspace::kTile, std::min(step, code.blocks()) * ConvCode::kBlockRows * pitch);
-    std::vector<int32_t> starts(static_cast<size_t>(lines));
-    strips.each_row(strip, [&](int64_t a, int64_t line, int64_t count) {
-      for (int64_t i = 0; i < count; ++i)
-        starts[size_t(line + i)] = int32_t(a * grid.pitch * grid.lanes + i * kLanes<float>);
-    });
-    for (int64_t b = all.begin; b < all.end; b += step) {
-      const Span blocks{b, std::min(all.end, b + step)}, rows{code.row(blocks.begin), code.row(blocks.end)};
-      code.run(blocks, grid.at(group, 0, 0, 0), starts.data(), lines, values, bias, tile);
-      activate_rows(tile, rows.end - rows.begin, pitch, lines, activation);
-      target.store(tile, pitch, rows, piece);
-    }
-  }
-};
+// The key, if a table that one call needs is worth keeping.
+template <class T>
+const Tensor* worth(const std::optional<Tensor>& key, const Layout<T>& layout, const Strips<T>& strips) {
+  const int64_t lines = (layout.batch.samples + layout.batch.lanes - 1) / layout.batch.lanes * strips.count() *
+                        strips.strip_lines();
+  return key.has_value() && key->defined() && lines <= kKeepLines ? &*key : nullptr;
+}
 
 // Memory for x, and how its product is cut.
 template <class T>
@@ -61,7 +26,7 @@ Strips<T> prepare(Layout<T>& layout, const Conv& c) {
 template <class T>
 Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, const Lists& lists, const T* bias,
                const std::optional<Tensor>& key, Activation activation) {
-  Tensor out = new_empty<int64_t>(x_tensor, {c.n, c.out, c.oh, c.ow});
+  Tensor out = new_image(x_tensor, c.n, c.out, c.oh, c.ow);
   if (out.numel() == 0) return out;
   const Sheet x(x_tensor);
   const auto run = [&](Layout<T>& layout, const auto& product) {
@@ -74,12 +39,21 @@ Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, cons
   };
   if constexpr (std::is_same_v<T, float>) {
     if (key.has_value() && key->defined() && c.groups == 1 && x.storage == kNative) {
+      const double cost = CodeProduct::line_cost(lists.nnz, lists.rows);
+      if (PointwiseProduct::fits(c, x)) {
+        const Grid<float> planes = PointwiseProduct::planes(x);
+        const int64_t all = c.n * PointwiseProduct::lines(x);
+        if (const auto code = ConvCode::find_forward(*key, c, planes, lists, planes.plane, all)) {
+          const Sheet y(out);
+          PointwiseProduct{*code, x, y, values_as<T>(values), bias, activation, cost}.run();
+          return out;
+        }
+      }
       Layout<T> layout = Layout<T>::rows(c);
       const Strips<T> strips = prepare(layout, c);
       const int64_t lines = (c.n + layout.batch.lanes - 1) / layout.batch.lanes * strips.count() * strips.strip_lines();
-      if (const auto code = ConvCode::find(*key, lists, column_offsets(c, layout.x), CodeProduct::stride(strips), lines))
+      if (const auto code = ConvCode::find_forward(*key, c, layout.x, lists, CodeProduct::stride(strips), lines))
         return run(layout, [&](const Target<T>& target, const Batch& batch, int64_t first, int64_t groups) {
-          const double cost = 0.25 * double(lists.nnz) + 0.1 * double(lists.rows * kLanes<T>);
           CodeProduct{*code, layout.x, strips, values_as<T>(values), bias, target, activation, cost}.run(batch, first,
                                                                                                        groups);
         });
@@ -87,7 +61,8 @@ Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, cons
   }
   Layout<T> layout(c);
   const Strips<T> strips = prepare(layout, c);
-  const auto table = forward_table<T>(c, layout.x, lists, values_as<T>(values), strips.widest());
+  const auto table =
+      forward_table<T>(c, layout.x, lists, values_as<T>(values), strips.widest(), worth(key, layout, strips));
   return run(layout, [&](const Target<T>& target, const Batch& batch, int64_t first, int64_t groups) {
     BlockProduct<T>{table, layout.x, strips, bias, target, activation}.run(batch, first, groups);
   });
@@ -133,8 +108,9 @@ struct Needs {
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> gradients(const Conv& c, const Tensor& dy_tensor, const Tensor* x_tensor,
                                              const Tensor* values, const Lists& lists, const Lists& t_lists,
-                                             const int32_t* perm, Needs need) {
-  Tensor dx = need.dx ? new_empty<int64_t>(dy_tensor, {c.n, c.in, c.h, c.w}) : new_empty<int64_t>(dy_tensor, {0});
+                                             const int32_t* perm, Needs need,
+                                             const std::optional<Tensor>& key = std::nullopt) {
+  Tensor dx = need.dx ? new_image(dy_tensor, c.n, c.in, c.h, c.w) : new_empty<int64_t>(dy_tensor, {0});
   Tensor dvalues = new_empty<int64_t>(dy_tensor, {need.dvalues ? lists.nnz : 0});
   Tensor dbias = new_empty<int64_t>(dy_tensor, {need.dbias ? c.out : 0});
   // Sums over the batch are kept in T until the end.
@@ -155,20 +131,35 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Conv& c, const Tensor& dy_ten
     if (need.dvalues) {
       layout.x.allocate(Workspace::kX, layout.batch.groups);
       x.emplace(*x_tensor);
-      table = forward_table<T>(c, layout.x, lists, nullptr, strips.widest());
+      table = forward_table<T>(c, layout.x, lists, nullptr, strips.widest(), worth(key, layout, strips));
     }
     std::optional<Strips<T>> t_strips;
     std::optional<Target<T>> target;
+    std::shared_ptr<const ConvCode> code;
     if (need.dx && dx.numel() > 0) {
       t_strips = Strips<T>::for_product(lanes, layout.height_t, layout.width_t, layout.dy.pitch);
       const Mapping map{c.sh, c.sw, c.ph - layout.first_a * c.sh, c.pw - layout.first_b * c.sw};
       target = Target<T>{Sheet(dx), map, lanes};
-      t_table = transposed_table<T>(c, layout.dy, t_lists, perm, *values, layout.corner(), t_strips->widest());
+      if constexpr (std::is_same_v<T, float>)
+        if (key.has_value() && key->defined() && c.groups == 1 && dy.storage == kNative) {
+          const int64_t lines = (c.n + lanes - 1) / lanes * t_strips->count() * t_strips->strip_lines();
+          code = ConvCode::find_transposed(*key, c, layout.dy, t_lists, perm, layout.corner(),
+                                           CodeProduct::stride(*t_strips), lines);
+        }
+      if (code == nullptr)
+        t_table = transposed_table<T>(c, layout.dy, t_lists, perm, *values, layout.corner(), t_strips->widest(),
+                                      worth(key, layout, *t_strips));
     }
     layout.batch.each_block([&](int64_t first, int64_t groups) {
       fill_grid(layout.dy, dy, layout.batch, first, groups);
       if (need.dvalues) fill_grid(layout.x, *x, layout.batch, first, groups);
-      if (target) BlockProduct<T>{*t_table, layout.dy, *t_strips, nullptr, *target}.run(layout.batch, first, groups);
+      if (t_table) BlockProduct<T>{*t_table, layout.dy, *t_strips, nullptr, *target}.run(layout.batch, first, groups);
+      if constexpr (std::is_same_v<T, float>)
+        if (code != nullptr) {
+          const double cost = CodeProduct::line_cost(t_lists.nnz, c.in * c.phases());
+          CodeProduct{*code, layout.dy, *t_strips, values_as<T>(*values), nullptr, *target, kNone, cost}.run(
+              layout.batch, first, groups);
+        }
       const double dv_cost = need.dvalues ? product_cost(*table, strips, groups) : 0;
       const int64_t parts = parts_for(dv_cost + (need.dbias ? 0.03 * double(groups * layout.dy.size()) : 0));
       for_parts(parts, [&](int64_t part) {
@@ -275,7 +266,8 @@ Tensor csr_conv2d_sddmm(Tensor dy, Tensor x, Tensor crow, Tensor col, Ints kerne
 std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor crow, Tensor col,
                                                        Tensor t_crow, Tensor t_row, Tensor t_perm, Ints kernel_size,
                                                        Ints stride, Ints padding, Ints dilation, int64_t groups,
-                                                       bool need_dx, bool need_dvalues, bool need_dbias) {
+                                                       bool need_dx, bool need_dvalues, bool need_dbias,
+                                                       std::optional<Tensor> code_key) {
   constexpr const char* op = "csr_conv2d_backward";
   Conv c = geometry(op, kernel_size, stride, padding, dilation, groups);
   const Lists lists = check_lists(op, "crow_indices", crow, "col_indices", col);
@@ -291,7 +283,8 @@ std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(Tensor dy, Tensor x, Tens
     perm = check_transpose(op, c, t_lists, t_perm, values);
   }
   return with_compute_type(x, [&](auto zero) {
-    return gradients<decltype(zero)>(c, dy, &x, &values, lists, t_lists, perm, {need_dx, need_dvalues, need_dbias});
+    const Needs need{need_dx, need_dvalues, need_dbias};
+    return gradients<decltype(zero)>(c, dy, &x, &values, lists, t_lists, perm, need, code_key);
   });
 }
 

@@ -16,6 +16,7 @@ Tensor csr_conv2d_sddmm(Tensor dy, Tensor x, Tensor crow, Tensor col, Ints kerne
 std::tuple<Tensor, Tensor, Tensor> csr_conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor crow, Tensor col,
                                                        Tensor t_crow, Tensor t_row, Tensor t_perm, Ints kernel_size,
                                                        Ints stride, Ints padding, Ints dilation, int64_t groups,
-                                                       bool need_dx, bool need_dvalues, bool need_dbias);
+                                                       bool need_dx, bool need_dvalues, bool need_dbias,
+                                                       std::optional<Tensor> code_key);
 
 }  // namespace sparsekit

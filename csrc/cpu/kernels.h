@@ -121,6 +121,18 @@ struct BlockKernels {
   void (*sddmm)(const BsrSddmm<T>&, int lanes);  // lanes: 1, 4, 8, ... at most vector_lanes
 };
 
+// One row of a pooled image: to[j] = the largest of from[r * row_stride + j * step + s - pad] over r < rows and
+// s < window, columns outside [0, width) left out; NaN wins. `line` is scratch for pad + width + window + 32 elements.
+template <class T>
+struct Pool {
+  const T* from;
+  int64_t row_stride, rows, width;
+  int64_t window, step, pad;
+  T* line;
+  T* to;
+  int64_t count;
+};
+
 enum Activation { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
 
 template <class T>
@@ -146,6 +158,7 @@ struct Kernels {
   // to[r * count + i] = the pair of from[r * step + i] and from[r * step + second + i]
   void (*interleave)(const uint16_t* from, int64_t second, int64_t step, void* to, int64_t rows, int64_t count);
   void (*activate)(T*, int64_t count, Activation);
+  void (*pool)(const Pool<T>&);
 
   // Indexed by Storage.
   void (*pack[3])(const Transfer<T>&);    // unused lanes become zero

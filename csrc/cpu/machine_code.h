@@ -23,7 +23,8 @@ class MachineCode {
   // neighbours there: enough of them pay for the cache line that they share, else gathering them all once is faster.
   static bool reads_in_place(const Lists& lists, int64_t features);
 
-  const CodePages& pages() const { return *pages_; }
+  bool usable() const { return bool(*pages_); }
+  size_t bytes() const { return pages_->size(); }
   int64_t survivors() const { return nnz_; }
   int64_t blocks() const { return blocks_; }
   int64_t row(int64_t block) const { return std::min(rows_, block * block_rows_); }

@@ -3,6 +3,7 @@
 #include "bsr_product.h"
 #include "bsr_sddmm.h"
 #include "bsr_vector.h"
+#include "pool_row.h"
 #include "simd.h"
 
 namespace sparsekit {
@@ -363,6 +364,7 @@ constexpr Kernels<T> table() {
           Simd<T>::width,
           interleave,
           activate<T>,
+          pool<T>,
           {pack<T, A>, pack<T, B>, pack<T, C>},
           {unpack<T, A>, unpack<T, B>, unpack<T, C>},
           {load<T, A>, load<T, B>, load<T, C>},

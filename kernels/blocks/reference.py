@@ -5,21 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..reference import activate
+from ..reference import activate, image
 from . import layout
-
-
-def image_format(like: torch.Tensor) -> torch.memory_format:
-    """How a convolution of ``like`` lays out its result: channels_last on a GPU, the format of ``like`` elsewhere."""
-    last = like.is_cuda or (not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last))
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def _image(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    form = image_format(like)
-    if result.numel() == 0:
-        return torch.empty_like(result, memory_format=form)  # torch leaves odd strides in an empty gradient
-    return result.contiguous(memory_format=form)
 
 
 def _from_transposed(values, t_crow, t_row, t_perm, shape, groups):
@@ -64,7 +51,7 @@ def conv2d(
     shape = (out_channels, x.shape[1] // groups, *kernel_size)
     weight = layout.scatter(values, crow_indices, col_indices, shape, groups)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return _image(activate(y, activation), x)
+    return image(activate(y, activation), x)
 
 
 def conv2d_t(
@@ -74,7 +61,7 @@ def conv2d_t(
     weight = _from_transposed(values, t_crow, t_row, t_perm, shape, groups)
     size = (dy.shape[0], in_channels, *input_size)
     dx = torch.nn.grad.conv2d_input(size, weight, dy, stride, padding, dilation, groups)
-    return _image(dx, dy)
+    return image(dx, dy)
 
 
 def conv2d_sddmm(

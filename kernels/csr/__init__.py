@@ -86,7 +86,8 @@ class Csr(Format):
     def conv2d_backward(self, dy, x, values, index, shape, conv, needs):
         if not needs[0]:
             index = _without_transpose(index)
-        return _ops.csr_conv2d_backward.default(dy, x, values, *index[:2], *index[3:], shape[2:], *conv, *needs)
+        lists = (*index[:2], *index[3:])
+        return _ops.csr_conv2d_backward.default(dy, x, values, *lists, shape[2:], *conv, *needs, index[2])
 
 
 def _without_transpose(index):

@@ -34,6 +34,7 @@ from .fuse import Applied, Shortened
 from .linear import SparseLinear
 from .order import original, restore_order
 from .planning import Budget, Job, plan_layers, thunk
+from .pool import Pooled
 from .whole import call, check
 
 __all__ = ["convert", "dense_state", "masks_of", "to_dense"]
@@ -161,6 +162,8 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
             swaps[id(module)] = module.activation
         elif isinstance(module, Shortened):
             module.__class__ = nn.Sequential
+        elif isinstance(module, Pooled):
+            swaps[id(module)] = module.original
         elif isinstance(module, SparseMultiheadAttention):
             dense = module.to_dense()
             _copy_hooks(module, dense)

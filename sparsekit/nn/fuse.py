@@ -15,6 +15,7 @@ from .chain import Done, link
 from .conv import SparseConv2d
 from .linear import SparseLinear
 from .operations import hooked
+from .pool import Pooled
 
 __all__ = ["Applied", "Shortened", "fuse"]
 
@@ -58,6 +59,8 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     cannot trace nothing is fused, with a warning. Save the model before fusing it: the keys of folded norms are
     gone after.
 
+    Plain ``nn.MaxPool2d`` of contiguous images run through a kernel that is vectorised where torch's is not.
+
     Returns a deep copy unless ``inplace``. Raises ValueError for a model in training mode.
     """
     if model.training:
@@ -72,6 +75,9 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
         for module in model.modules():
             if type(module) is nn.Sequential and any(isinstance(child, Applied | Done) for child in module):
                 module.__class__ = Shortened
+        for path, module in list(model.named_modules()):
+            if path and Pooled.can_replace(module):
+                model.set_submodule(path, Pooled(module))
     except _Untraceable as error:
         warnings.warn(f"{type(model).__name__}: nothing fused, torch.fx cannot trace it ({error})", stacklevel=2)
     return model

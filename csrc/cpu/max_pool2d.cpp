@@ -1,0 +1,40 @@
+#include "max_pool2d.h"
+
+#include "conv_checks.h"
+
+namespace sparsekit {
+
+Tensor max_pool2d(Tensor x, Ints kernel_size, Ints stride, Ints padding) {
+  constexpr const char* op = "max_pool2d";
+  Conv c = geometry(op, kernel_size, stride, padding, {1, 1}, 1);
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.is_contiguous() &&
+                      (type == ScalarType::Float || type == ScalarType::Double),
+                  op, ": Expected a contiguous x [N, C, H, W] of dtype float32 or float64 on the CPU, got shape ",
+                  shape_of(x), " of ", torch::headeronly::toString(type));
+  STD_TORCH_CHECK(2 * c.ph <= c.kh && 2 * c.pw <= c.kw, op, ": Expected padding of at most half of the window, got ",
+                  c.ph, "x", c.pw, " for ", c.kh, "x", c.kw);
+  set_input(op, c, x.size(0), x.size(2), x.size(3));
+  Tensor out = new_empty<int64_t>(x, {c.n, x.size(1), c.oh, c.ow});
+  const int64_t planes = c.n * x.size(1);
+  if (planes == 0) return out;
+  with_compute_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = static_cast<const T*>(x.const_data_ptr());
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    const int64_t parts = parts_for(0.1 * double(x.numel()));
+    for_parts(parts, [&](int64_t part) {
+      T* line = Workspace::mine().get<T>(Workspace::kStage, c.pw + c.w + c.kw + 32);
+      const Span own = cut(planes, parts, part);
+      for (int64_t plane = own.begin; plane < own.end; ++plane)
+        for (int64_t a = 0; a < c.oh; ++a) {
+          const int64_t top = std::max<int64_t>(0, a * c.sh - c.ph), bottom = std::min(c.h, a * c.sh - c.ph + c.kh);
+          kernels<T>().pool({from + (plane * c.h + top) * c.w, c.w, bottom - top, c.w, c.kw, c.sw, c.pw, line,
+                             to + (plane * c.oh + a) * c.ow, c.ow});
+        }
+    });
+  });
+  return out;
+}
+
+}  // namespace sparsekit

@@ -1,0 +1,9 @@
+// Pooling between convolutions that serve; see sparsekit/schemas.py.
+#pragma once
+#include "tensors.h"
+
+namespace sparsekit {
+
+Tensor max_pool2d(Tensor x, Ints kernel_size, Ints stride, Ints padding);
+
+}  // namespace sparsekit
