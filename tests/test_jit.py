@@ -103,8 +103,8 @@ def test_shapes(shape, n):
         check_linear(n, masked(shape, density, seed=n))
 
 
-def both_directions():
-    w, x, dy = masked((301, 401), 0.4, seed=1234), randn(64, 401), randn(64, 301)
+def both_directions(density=0.4, seed=1234):
+    w, x, dy = masked((301, 401), density, seed), randn(64, 401), randn(64, 301)
     calls = {
         "forward": lambda *key: ops.csr_linear(x, w.values, *w.csr, None, *key),
         "dx": lambda *key: ops.csr_linear_backward(dy, x, w.values, *w.csr, *w.csc, True, True, True, *key)[0],
@@ -116,8 +116,27 @@ def both_directions():
     assert not any("w" in permissions and "x" in permissions for permissions, _ in mappings())
 
 
+def both_directions_of_a_thin_mask():
+    both_directions(0.12, 4321)  # few values share a cache line: dX reads a gathered copy of them
+
+
 def test_code_runs_in_both_directions_and_its_pages_are_never_writable():
     alone("both_directions")
+    alone("both_directions_of_a_thin_mask")
+
+
+def code_of_millions_of_survivors():
+    w, x = masked((1024, 2048), 0.55, seed=5), randn(16, 2048)
+    before = code_bytes()
+    check(ops.csr_linear(x, w.values, *w.csr, None, key_of(w)), x.double() @ w.dense.double().t(), torch.float32)
+    assert code_bytes() - before >= 7 * w.values.numel()
+    w = masked((1024, 4096), 0.55, seed=6)
+    ops.csr_linear(randn(16, 4096), w.values, *w.csr, None, key_of(w))
+    assert code_bytes() - before < 14 * w.values.numel()  # too large to be worth it
+
+
+def test_code_has_a_limit():
+    alone("code_of_millions_of_survivors")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -98,9 +98,12 @@ struct PanelProduct {
     }
   }
 
+  // Whether a part needs no panels but those that it has packed itself.
+  bool alone(int64_t parts) const { return panels.even(parts); }
+
   // This part's share: whole panels when they divide evenly, else a share of the rows of every panel.
   void run_part(int64_t parts, int64_t part) const {
-    const int64_t splits = panels.even(parts) ? 1 : parts;
+    const int64_t splits = alone(parts) ? 1 : parts;
     const Span items = cut(panels.count * splits, parts, part);
     for (int64_t item = items.begin; item < items.end; ++item)
       run(item / splits, cut_rows(lists.crow, lists.rows, splits, item % splits, kLanes<T>));
@@ -122,11 +125,12 @@ struct CodeProduct {
   Epilogue<float> epilogue;
   Matrix y;
 
+  bool alone(int64_t parts) const { return panels.even(parts) && code.survivors() <= kOwnSurvivors; }
+
   void run_part(int64_t parts, int64_t part) const {
     constexpr int64_t L = Panels<float>::L;
-    const bool even = panels.even(parts) && code.survivors() <= kOwnSurvivors;
-    const Span blocks = even ? Span{0, code.blocks()} : code.share(parts, part);
-    const Span own = even ? cut(panels.count, parts, part) : Span{0, panels.count};
+    const Span blocks = alone(parts) ? Span{0, code.blocks()} : code.share(parts, part);
+    const Span own = alone(parts) ? cut(panels.count, parts, part) : Span{0, panels.count};
     const int64_t panel = L * panels.features;
     const int64_t pass = std::clamp<int64_t>(kTileBytes / (panel * int64_t(sizeof(float))), 4, 16);
     for (int64_t first = own.begin; first < own.end; first += pass) {
@@ -146,6 +150,20 @@ struct CodeProduct {
     }
   }
 };
+
+// pack(part), then the product's share; parts wait for each other only where one reads what another has packed.
+template <class P, class F>
+void pack_and_run(int64_t parts, const P& product, bool alone, const F& pack) {
+  if (alone) {
+    for_parts(parts, [&](int64_t part) {
+      pack(part);
+      product.run_part(parts, part);
+    });
+  } else {
+    for_parts(parts, pack);
+    for_parts(parts, [&](int64_t part) { product.run_part(parts, part); });
+  }
+}
 
 // Machine code for lists where a key is given and a batch of this size is faster by it, else null.
 template <class T>
@@ -237,9 +255,8 @@ void multiply_by_code(const Matrix& x, const MachineCode& code, const float* val
     const int64_t count = std::min(step, x.samples - first);
     const Panels<float> panels(Workspace::kX, x.features, first, count, 1);
     const int64_t parts = parts_for(pack_cost(count, x.features) + product_cost(nnz, count));
-    for_parts(parts, [&](int64_t part) { panels.fill_part(x, parts, part); });
     const CodeProduct product{panels, code, values, epilogue, y};
-    for_parts(parts, [&](int64_t part) { product.run_part(parts, part); });
+    pack_and_run(parts, product, product.alone(parts), [&](int64_t part) { panels.fill_part(x, parts, part); });
   }
 }
 
@@ -274,12 +291,11 @@ Tensor multiply(const Tensor& x_tensor, const Tensor& values, const Lists& lists
     const Panels<T> panels(Workspace::kX, x.features, first, count, lines);
     const bool gather = perm && first == 0;
     const int64_t parts = parts_for(pack_cost(count, x.features) + product_cost(lists.nnz, count));
-    for_parts(parts, [&](int64_t part) {
+    const PanelProduct<T> product{panels, lists, v, epilogue, y};
+    pack_and_run(parts, product, product.alone(parts) && !gather, [&](int64_t part) {
       panels.fill_part(x, parts, part);
       if (gather) permuted->fill(cut(lists.nnz, parts, part, kLanes<T>));
     });
-    const PanelProduct<T> product{panels, lists, v, epilogue, y};
-    for_parts(parts, [&](int64_t part) { product.run_part(parts, part); });
   }
   Workspace::mine().trim();
   return out;
