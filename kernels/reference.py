@@ -132,15 +132,28 @@ def max_pool2d(x, kernel_size, stride, padding):
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def clear_pruned_(grad, mask):
+    # Numbers times the mask would make NaN of Inf; masked_fill_ takes twenty times as long as multiplying bits does.
+    grad.view(_BITS[grad.element_size()]).mul_(mask)
+
+
+def dense_sddmm(dy, x, mask):
+    grad = dy.t() @ x
+    clear_pruned_(grad, mask)
+    return grad
+
+
 def zero_pruned_(grad: Tensor, mask: Tensor) -> Tensor:
     """Set ``grad`` to exactly 0 where ``mask`` is False, in place, Inf and NaN included.
 
-    Multiplying numbers by the mask would turn those into NaN, and masked_fill_ takes twenty times as long as
-    multiplying bits does. Batches of gradients (``is_grads_batched``) have no bits to clear.
+    Batches of gradients (``is_grads_batched``) have no bits to clear, and a compiler fuses what it knows.
     """
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad):
+    if torch.compiler.is_compiling():
+        clear_pruned_(grad, mask)
+        return grad
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
         return torch.where(mask, grad, grad.new_zeros(()))
-    grad.view(_BITS[grad.element_size()]).mul_(mask)
+    torch.ops.sparsekit.zero_pruned_.default(grad, mask)
     return grad
 
 

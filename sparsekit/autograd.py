@@ -12,7 +12,7 @@ from torch import Tensor
 from .format import Format
 from .kernels.reference import zero_pruned_
 
-__all__ = ["Conv2dFunction", "LinearFunction", "masked"]
+__all__ = ["Conv2dFunction", "Guard", "LinearFunction", "guard", "masked"]
 
 
 class LinearFunction(torch.autograd.Function):
@@ -66,18 +66,32 @@ class Conv2dFunction(torch.autograd.Function):
         return dx if needs[0] else None, dvalues if needs[1] else None, dbias if needs[2] else None, None
 
 
-def masked(values: Tensor, mask: Tensor) -> Tensor:
-    """``values`` themselves, which are 0 where ``mask`` is False, with a gradient that is exactly 0 there too.
+class Guard:
+    """A hook on a leaf: its gradient is exactly 0 where ``mask`` is False, whoever asks for it and however."""
 
-    For one torch operator alone to read: its gradient, which it makes for nobody else, is masked in place.
-    """
-    if not values.requires_grad:
-        return values
-    if torch.compiler.is_compiling():
-        return _Masked.apply(values, mask)
-    weight = values.view_as(values)
-    weight.register_hook(lambda grad: _mask_gradient(grad, mask))  # half the cost of a Function
-    return weight
+    __torch_unserializable__ = True  # copies and files of the leaf have no hook; their layer gives them one
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return _mask_gradient(grad, self.mask)
+
+
+def guard(values: Tensor, mask: Tensor | None) -> None:
+    """Put a :class:`Guard` on a leaf, in place of any that it has for another mask; None takes that away."""
+    hooks = values._backward_hooks or {}
+    for key in [key for key, hook in hooks.items() if isinstance(hook, Guard)]:
+        if hooks[key].mask is mask:
+            return
+        del hooks[key]
+    if mask is not None:
+        values.register_hook(Guard(mask))
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` themselves, which are 0 where ``mask`` is False, with a gradient that is exactly 0 there too."""
+    return _Masked.apply(values, mask) if values.requires_grad else values
 
 
 class _Masked(torch.autograd.Function):
@@ -91,12 +105,14 @@ class _Masked(torch.autograd.Function):
         return _mask_gradient(grad, *ctx.saved_tensors), None
 
 
-def _mask_gradient(grad: Tensor | None, mask: Tensor) -> Tensor | None:
-    if grad is None:
-        return None
-    if torch.is_grad_enabled():
+_NOBODY_ELSE = 2  # references to a gradient in backward(): autograd's buffer and the Python object
+_transforming = torch._C._are_functorch_transforms_active
+
+
+def _mask_gradient(grad: Tensor, mask: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _transforming():
         return torch.where(mask, grad, grad.new_zeros(()))
-    return zero_pruned_(grad, mask)
+    return zero_pruned_(grad if grad._use_count() <= _NOBODY_ELSE else grad.clone(), mask)
 
 
 def _keep(ctx, x, values, index, layer) -> None:

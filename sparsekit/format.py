@@ -51,6 +51,10 @@ class Format(ABC):
     """Whether ``values`` is the dense weight and the first index tensor its mask: then torch differentiates it, and
     only the gradient is masked."""
 
+    def fused(self, x: Tensor, shape: torch.Size) -> bool:
+        """Whether ``sddmm`` of a ``masked`` format is faster than torch's own gradient, masked afterwards."""
+        return False
+
     def __reduce__(self):
         return get, (self.name,)  # one instance per process: copies and pickles name it
 

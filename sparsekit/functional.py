@@ -13,7 +13,7 @@ from .autograd import Conv2dFunction, LinearFunction, masked
 from .format import Conv, Format, Index
 from .kernels.reference import activate
 
-__all__ = ["sparse_conv2d", "sparse_linear", "transformed"]
+__all__ = ["check_conv2d", "check_linear", "sparse_conv2d", "sparse_linear", "transformed"]
 
 _active, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state  # asked in every call
 
@@ -43,9 +43,8 @@ def sparse_linear(
     none, relu, gelu or silu: part of the product where the format's kernels fuse it and no gradient is due.
     Returns: ``[..., out]``. Raises: ValueError when the last dimension of x is not ``in``.
     """
+    check_linear(x, shape)
     size = x.shape
-    if not size or size[-1] != shape[1]:
-        raise ValueError(f"Expected an input of shape [..., {shape[1]}], got {list(size)}")
     if transformed():
         return activate(F.linear(x, _weight(values, index, shape, fmt), bias), activation)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch raises on meta
@@ -56,7 +55,7 @@ def sparse_linear(
             return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), x._ragged_idx)
         x = x.reshape(prod(size[:-1]), shape[1])  # -1 is ambiguous when a layer has no inputs
     if torch.is_grad_enabled() and _differentiable(x, values, bias):
-        if fmt.masked:
+        if fmt.masked and not fmt.fused(x, shape):
             y = F.linear(x, masked(values, index[0]), bias)
         else:
             y = LinearFunction.apply(x, values, bias, (fmt, shape, index))
@@ -85,13 +84,7 @@ def sparse_conv2d(
     :func:`sparse_linear`. Returns: ``[N, out, OH, OW]``.
     Raises: ValueError when the channels do not fit or the kernel is larger than the padded image.
     """
-    if x.dim() not in (3, 4) or x.shape[-3] != shape[1] * conv.groups:
-        raise ValueError(f"Expected an input of shape [N, {shape[1] * conv.groups}, H, W], got {list(x.shape)}")
-    for i in (0, 1):
-        extent = x.shape[i - 2] + 2 * conv.padding[i]
-        kernel = conv.dilation[i] * (shape[2 + i] - 1) + 1
-        if extent < kernel:
-            raise ValueError(f"Expected a padded input of at least {kernel} along axis {i - 2}, got {extent}")
+    check_conv2d(x, shape, conv)
     if transformed():
         return activate(F.conv2d(x, _weight(values, index, shape, fmt), bias, *conv), activation)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch raises on meta
@@ -109,6 +102,23 @@ def sparse_conv2d(
     if activation != "none":
         y = activate(y, activation)
     return y if x.dim() == 4 else y.squeeze(0)
+
+
+def check_linear(x: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError unless x is an input of a linear layer with a weight of ``shape``."""
+    if not x.shape or x.shape[-1] != shape[1]:
+        raise ValueError(f"Expected an input of shape [..., {shape[1]}], got {list(x.shape)}")
+
+
+def check_conv2d(x: Tensor, shape: torch.Size, conv: Conv) -> None:
+    """Raise ValueError unless x is an input of a convolution with a weight of ``shape``."""
+    if x.dim() not in (3, 4) or x.shape[-3] != shape[1] * conv.groups:
+        raise ValueError(f"Expected an input of shape [N, {shape[1] * conv.groups}, H, W], got {list(x.shape)}")
+    for i in (0, 1):
+        extent = x.shape[i - 2] + 2 * conv.padding[i]
+        kernel = conv.dilation[i] * (shape[2 + i] - 1) + 1
+        if extent < kernel:
+            raise ValueError(f"Expected a padded input of at least {kernel} along axis {i - 2}, got {extent}")
 
 
 def _weight(values: Tensor, index: Index, shape: torch.Size, fmt: Format) -> Tensor:

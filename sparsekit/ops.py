@@ -27,6 +27,7 @@ _BLOCKED = {f"{fmt.name}_{verb}": verb for fmt in (bsr.FORMAT, panel.FORMAT) for
 TWINS = {name: getattr(reference, name) for name in SCHEMAS if name.startswith("csr_")}
 TWINS |= {name: getattr(blocks_reference, verb) for name, verb in _BLOCKED.items()}
 TWINS |= {"max_pool2d": reference.max_pool2d, "bitmap_linear": bitmap_reference.bitmap_linear}
+TWINS |= {"zero_pruned_": reference.clear_pruned_, "dense_sddmm": reference.dense_sddmm}
 TWINS |= {name: getattr(nm_reference, name) for name in ("nm_linear", "nm_linear_t", "nm_sddmm")}
 """The naive implementation of every operator, by name."""
 
@@ -159,6 +160,16 @@ def nm_linear_t(dy, values, choice, t_choice):
 @_fake
 def nm_sddmm(dy, x, choice):
     return dy.new_empty(choice.shape[0], 2 * choice.shape[1])
+
+
+@_fake
+def dense_sddmm(dy, x, mask):
+    return dy.new_empty(mask.shape)
+
+
+@_fake
+def zero_pruned_(grad, mask):
+    return None
 
 
 def _blocks_linear(x, values, crow_indices, col_indices, row_order, bias, out_features, activation):

@@ -30,6 +30,8 @@ Vocabulary
     ``offsets int32 [tile rows * runs + 1]`` where each run of 16 tiles starts in ``values``.
     ``nm_*``: ``values [out, in / 2]`` are two of every four inputs, ``choice uint8 [out, in / 4]`` which two (two
     bits each, the lower first), ``t_choice uint8 [in, out / 4]`` the same of the transposed weight.
+    ``dense_sddmm``: ``dyᵀ x [out, in]`` where ``mask bool [out, in]``, exactly 0 elsewhere.
+    ``zero_pruned_``: ``grad`` becomes exactly 0 where ``mask bool`` of its shape is False; any strides.
 
     ``max_pool2d``: windows reach over padding, which holds nothing; NaN wins. x is contiguous, float32 or float64.
 
@@ -111,5 +113,7 @@ SCHEMAS = {
     "nm_linear_t": "(Tensor dy, Tensor values, Tensor choice, Tensor? t_choice) -> Tensor",
     "nm_sddmm": "(Tensor dy, Tensor x, Tensor choice) -> Tensor",
     "max_pool2d": "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor",
+    "dense_sddmm": "(Tensor dy, Tensor x, Tensor mask) -> Tensor",
+    "zero_pruned_": "(Tensor(a!) grad, Tensor mask) -> ()",
     "build_info": "() -> str",
 }

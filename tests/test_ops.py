@@ -162,6 +162,15 @@ CONVS = {
     "pointwise": (1, 5, 4, (4, 4), (1, 1)),
     "no batch": (0, 4, 3, (5, 5), (3, 3)),
 }
+def dense_calls(n, out, features, density):
+    """Arguments of the operators of the dense format; one of them changes its first."""
+    mask, dy, x = torch.rand(out, features) < density, torch.randn(n, out), torch.randn(n, features)
+    return {
+        "dense_sddmm": [(dy, x, mask), (dy[:, :1].expand(-1, out), x.t().contiguous().t(), mask)],
+        "zero_pruned_": [(torch.randn(out, features), mask), (torch.randn(features, out).t(), mask)],
+    }
+
+
 CASES = [
     *[pytest.param(chain_calls, LINEARS[name], id=f"chain {name}") for name in LINEARS],
     *[pytest.param(linear_calls, LINEARS[name], id=f"linear {name}") for name in LINEARS],
@@ -170,6 +179,7 @@ CASES = [
     *[pytest.param(panel_calls, LINEARS[name], id=f"panel linear {name}") for name in LINEARS],
     *[pytest.param(panel_calls, CONVS[name], id=f"panel conv {name}") for name in CONVS],
     *[pytest.param(bitmap_calls, LINEARS[name], id=f"bitmap linear {name}") for name in LINEARS],
+    *[pytest.param(dense_calls, LINEARS[name], id=f"dense linear {name}") for name in LINEARS],
     *[pytest.param(nm_calls, LINEARS[name], id=f"nm linear {name}") for name in ("plain", "no batch")],
     *[pytest.param(bsr_conv_calls, CONVS[name], id=f"bsr conv {name}") for name in CONVS],
     *[pytest.param(pool_calls, (n, 3, (7, 9)), id=f"pool {n}") for n in (0, 2)],
@@ -177,11 +187,11 @@ CASES = [
 
 
 def flat(result):
-    return result if isinstance(result, tuple | list) else (result,)
+    return result if isinstance(result, tuple | list) else () if result is None else (result,)
 
 
 def test_cases_cover_the_table():
-    kinds = (chain_calls, linear_calls, bsr_linear_calls, panel_calls, bitmap_calls, nm_calls)
+    kinds = (chain_calls, linear_calls, bsr_linear_calls, panel_calls, bitmap_calls, nm_calls, dense_calls)
     linears = {name for calls in kinds for name in calls(*LINEARS["plain"])}
     convs = {name for calls in (conv_calls, bsr_conv_calls, panel_calls) for name in calls(*CONVS["plain"])}
     assert {*linears, *convs, *pool_calls(1, 1, (4, 4)), "build_info"} == SCHEMAS.keys()

@@ -173,7 +173,7 @@ def slow_together(monkeypatch, culprit):
     monkeypatch.setattr(whole, "_losses", lambda *args: losses)
 
 
-@pytest.mark.parametrize(("culprit", "fallen"), [("2", ["2"]), ("4", ["2", "4"]), ("0", ["2", "4"])])
+@pytest.mark.parametrize(("culprit", "fallen"), [("2", ["2"]), ("4", ["2", "4"]), ("0", ["0", "2", "4"])])
 @pytest.mark.parametrize("training", [False, True])
 def test_layers_that_lose_in_the_whole_model_are_dense_again(monkeypatch, culprit, fallen, training):
     slow_together(monkeypatch, culprit)
@@ -182,7 +182,8 @@ def test_layers_that_lose_in_the_whole_model_are_dense_again(monkeypatch, culpri
     fast = sk.convert(model, masks, x, training)
     found = sk.explain(fast)
     assert [layer.name for layer in found.layers if layer.chosen == "dense"] == fallen
-    assert found.to_dict()["totals"]["fallen"] == fallen and f"sparse: {', '.join(fallen)}" in str(found)
+    told = found.to_dict()["totals"]["fallen"]  # in the order in which they fell
+    assert sorted(told) == fallen and f"sparse: {', '.join(told)}" in str(found)
     assert "the whole model took 1.50x the time of dense with it" in found.layers[1].rejected["csr"]
     want = sk.to_dense(fast)(x)
     assert torch.allclose(fast(x), want, atol=1e-5)

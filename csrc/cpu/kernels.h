@@ -69,6 +69,18 @@ struct Rows {
   int64_t rows, count;
 };
 
+// dw[i][j] = sum over s of dy[s][i] * x[s][j] where mask[i][j], else exactly 0, for rows i in [first, last).
+template <class T>
+struct MaskedProduct {
+  const T* dy;
+  int64_t dy_stride;
+  const T* x;
+  int64_t x_stride, samples, inputs;
+  const uint8_t* mask;  // as dw [outputs][inputs]
+  T* dw;
+  int64_t first, last;
+};
+
 // Lists of blocks times packed activations: per list `rows` outputs, per block `depth` input features.
 // y[(list * rows + r) * y_stride + n] = bias + sum over b in [begin[list], end[list]), k < depth of
 //     values[which[b] * block + r * row_step + k * k_step] * panel[index[b] * index_step + k * x_stride + n]
@@ -166,6 +178,8 @@ struct Kernels {
   void (*load[3])(const Rows<T>&);        // tensor to packed
   void (*store[3])(const Rows<T>&);       // packed to tensor
   void (*gather[3])(T* to, const void* from, const int32_t* which, int64_t count);
+  void (*masked_product)(const MaskedProduct<T>&);
+  void (*clear_pruned)(T* grad, const uint8_t* mask, int64_t count);  // exactly 0 where the mask is
 };
 
 struct Isa {

@@ -3,6 +3,7 @@
 #include "bsr_product.h"
 #include "bsr_sddmm.h"
 #include "bsr_vector.h"
+#include "dense_product.h"
 #include "pool_row.h"
 #include "simd.h"
 
@@ -369,7 +370,9 @@ constexpr Kernels<T> table() {
           {unpack<T, A>, unpack<T, B>, unpack<T, C>},
           {load<T, A>, load<T, B>, load<T, C>},
           {store<T, A>, store<T, B>, store<T, C>},
-          {gather<T, A>, gather<T, B>, gather<T, C>}};
+          {gather<T, A>, gather<T, B>, gather<T, C>},
+          masked_product<T>,
+          clear_pruned<T>};
 }
 
 }  // namespace

@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from sparsekit import _native
 from sparsekit.format import Format
 
 from ..reference import conv2d_backward, zero_pruned_
+
+_FEW, _MANY = 64, 1 << 17  # samples, weights
 
 
 class Dense(Format):
@@ -43,6 +46,16 @@ class Dense(Format):
     def stored(self, mask, groups=1):
         return mask.numel(), ""
 
+    def fused(self, x, shape):
+        # A large weight and few samples: masking the gradient would cost as much as computing it.
+        return (
+            shape[0] * shape[1] >= _MANY
+            and x.numel() <= _FEW * shape[1]
+            and x.dtype in (torch.float32, torch.float64)
+            and x.device.type == "cpu"
+            and _native.load()
+        )
+
     def linear(self, x, values, bias, index, shape):
         return F.linear(x, values, bias)
 
@@ -50,6 +63,8 @@ class Dense(Format):
         return dy @ values
 
     def sddmm(self, dy, x, index, shape):
+        if self.fused(x, shape):
+            return torch.ops.sparsekit.dense_sddmm.default(dy, x, index[0])
         return zero_pruned_(dy.t() @ x, index[0])
 
     def conv2d(self, x, values, bias, index, shape, conv):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import format as formats
+from ..autograd import guard
 from ..functional import transformed
 from ..mask import check_masks
 
@@ -32,6 +33,8 @@ class SparseModule(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
+    _guarded: Tensor | None = None
+    """The parameter that torch's own operator takes as it is: it keeps its pruned entries at 0 by itself."""
 
     def _adopt(self, dense: nn.Module, weight: Tensor, mask: Tensor | None, format: str) -> None:
         """Take over a dense layer's weight, bias and training flag; raises before anything changes."""
@@ -70,6 +73,9 @@ class SparseModule(nn.Module):
         if not fmt.grouped and getattr(self, "groups", 1) != 1:
             name = self.layer_name or type(self).__name__
             raise ValueError(f"{name}: Expected a format that runs grouped convolutions, got {fmt.name!r}")
+        self._guarded = None
+        layout = _layout(weight) if fmt.masked else torch.contiguous_format
+        mask = mask.contiguous(memory_format=layout)
         index = {name: tensor.to(weight.device) for name, tensor in fmt.index(mask, getattr(self, "groups", 1)).items()}
         index |= fmt.prepare(index, self.shape)
         if old := getattr(self, "format", None):
@@ -79,7 +85,9 @@ class SparseModule(nn.Module):
         self.format = fmt
         for name in fmt.index_names:
             self.register_buffer(name, index.get(name), persistent=name not in fmt.derived_names)
-        values = fmt.gather(weight.detach(), index).contiguous()
+        values = fmt.gather(weight.detach(), index).contiguous(memory_format=layout)
+        if self.values is not None:
+            guard(self.values, None)
         if self.values is None:
             self.values = nn.Parameter(values)
         elif self.values.is_meta and not values.is_meta:
@@ -112,7 +120,26 @@ class SparseModule(nn.Module):
             moved = fn(tensor)
             return moved if tensor.is_floating_point() or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self._guarded = None
         return super()._apply(keeping_index, recurse)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_guarded"}
+
+    def _plain(self, values: Tensor, x: Tensor) -> bool:
+        """Whether torch's own operator on ``values`` is all there is to do; its gradient is taken care of here."""
+        if not self.format.masked or self.activation != "none" or torch.jit.is_tracing():
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        if torch.compiler.is_compiling() or type(values) is not nn.Parameter or transformed():
+            return False
+        if values.requires_grad:
+            if len(self.shape) == 2 and self.format.fused(x, self.shape) and not torch.is_autocast_enabled("cpu"):
+                return False
+            guard(values, self._buffers[self.format.index_names[0]])
+            self.__dict__["_guarded"] = values  # not a second name of the parameter
+        return True
 
     def _traced(self, x: fx.Proxy) -> fx.Proxy:
         """Stand in a graph of torch.fx as one call, as torch's own layers do."""
@@ -128,6 +155,10 @@ class SparseModule(nn.Module):
         name = self.layer_name or type(self).__name__
         if x.is_nested and x.layout == torch.strided:
             return TypeError(f"{name}: Expected a tensor or a jagged nested one, got a strided nested tensor")
+        try:
+            self._check(x)
+        except ValueError as wrong:
+            error = wrong
         if isinstance(error, ValueError):
             return ValueError(f"{name}: {error}")
         if x.dtype != self.values.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
@@ -199,6 +230,7 @@ class SparseModule(nn.Module):
         return tail if self.activation == "none" else f"{tail}, activation={self.activation}"
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        self._guarded = None  # with assign=True parameter and mask become others
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         problems: list[str] = []
         if hasattr(self.values, "full_tensor"):
@@ -249,6 +281,12 @@ class SparseModule(nn.Module):
             self.values.copy_(self.format.gather(weight, own))
         else:
             self._store(weight, self._folded_survivors().to(to.device) if mask is None else mask, self.format)
+
+
+def _layout(weight: Tensor) -> torch.memory_format:
+    """The memory format of a weight: torch runs images in channels_last on weights that lie so."""
+    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not weight.is_contiguous() else torch.contiguous_format
 
 
 def _leaf(dense: nn.Module) -> Tensor:

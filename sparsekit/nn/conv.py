@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..format import Conv
-from ..functional import sparse_conv2d
+from ..functional import check_conv2d, sparse_conv2d
 from ..mask import weight_of
 from .base import SparseModule
 
@@ -107,15 +104,15 @@ class _SparseConv(SparseModule):
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         try:
-            plain = not (torch.is_grad_enabled() or torch.jit.is_tracing())
-            plain = plain and self.format.name == "dense" and self.activation == "none"
-            if plain and x.dim() == 4 and x.shape[1] == self.in_channels:  # nothing of ours is left to pay for
-                with contextlib.suppress(RuntimeError):  # what is wrong with the input is said in our words below
-                    return F.conv2d(x, values, bias, *self._conv)
+            if values is self._guarded or self._plain(values, x):  # nothing of ours is left to pay for
+                return F.conv2d(x, values, bias, *self._conv)
             index = self._index(x)
             return sparse_conv2d(x, values, index, self.shape, self.format, bias, self._conv, self.activation)
         except (ValueError, RuntimeError) as error:
             raise self._explain(error, x) from None
+
+    def _check(self, x: Tensor) -> None:
+        check_conv2d(x, self.shape, self._conv)
 
     def _empty_dense(self) -> nn.Module:
         geometry = {name: getattr(self, name) for name in _GEOMETRY}

@@ -119,7 +119,7 @@ def _activate(model: nn.Module, layer: SparseModule, path: str) -> None:
     activation = model.get_submodule(path)
     name = _name(activation)
     if name is not None and getattr(layer, "activation", "") == "none" and not activation._forward_hooks:
-        layer.activation = name
+        layer.activation, layer._guarded = name, None
         model.set_submodule(path, Applied(activation))
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..functional import sparse_linear
+from ..functional import check_linear, sparse_linear
 from ..mask import weight_of
 from .base import SparseModule
 
@@ -57,13 +56,14 @@ class SparseLinear(SparseModule):
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         try:
-            plain = not (torch.is_grad_enabled() or torch.jit.is_tracing())
-            plain = plain and self.format.name == "dense" and self.activation == "none"
-            if plain and input.shape[-1:] == (self.in_features,):  # nothing of ours is left to pay for
+            if values is self._guarded or self._plain(values, input):  # nothing of ours is left to pay for
                 return F.linear(input, values, bias)
             return sparse_linear(input, values, self._index(input), self.shape, self.format, bias, self.activation)
         except (ValueError, RuntimeError) as error:
             raise self._explain(error, input) from None
+
+    def _check(self, x: Tensor) -> None:
+        check_linear(x, self.shape)
 
     def _empty_dense(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")

@@ -213,9 +213,9 @@ def plan_layers(jobs: Iterable[Job], budget: Budget) -> dict[str, SparseModule]:
 def thunk(module: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:
     """One forward pass of a layer, or forward and backward, under the autocast in force now."""
     x = x.detach().requires_grad_(x.requires_grad)
-    wanted = [p for p in (x, *module.parameters()) if p.requires_grad] if training else []
+    leaves = [p for p in (x, *module.parameters()) if p.requires_grad] if training else []
     cast = autocast(x.device.type)
-    if not wanted:
+    if not leaves:
 
         def forward():
             with torch.no_grad(), cast():
@@ -229,7 +229,9 @@ def thunk(module: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:
         with torch.enable_grad():
             with cast():
                 y = module(x)
-            return torch.autograd.grad(y, wanted, dy)
+            y.backward(dy)  # not autograd.grad: gradients that nobody else sees are masked where they lie
+        for leaf in leaves:
+            leaf.grad = None
 
     return step
 

@@ -1,8 +1,8 @@
 """The whole model, dense against converted: layers that are fast alone need not be so together.
 
 Caches, layouts and calls between layers are seen by no measurement of one layer. Where the converted model is
-slower than the dense one beyond noise, its layers are made dense again, the one that loses most first. For training
-the rival keeps pruned weights pruned as well: dense layers that mask their gradients.
+slower than the dense one, its layers are made dense again, the one that loses most first; all of them where none is
+known to lose. For training the rival keeps pruned weights pruned as well: dense layers that mask their gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import device
-from ..plan import NOISE, ModelPlan, measure, recall, remember
+from ..plan import ModelPlan, measure, recall, remember
 from .base import SparseModule
 from .planning import Budget, autocast
 
@@ -26,6 +26,7 @@ __all__ = ["call", "check", "compare"]
 
 _CALLS, _FEW = 10, 4  # of either model, that a comparison takes; the few where one lasts 20 ms
 _PASSES = 3
+_SECONDS = 0.1  # of either model where one is small: a decision within 1 % or so
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -61,19 +62,17 @@ def check(
             if times is None and cost > budget.left:
                 left = f"takes about {cost:.1f} s, {max(budget.left, 0):.1f} of plan_seconds are left"
                 return replace(plan, note=f"whole model not timed: that {left}", fallen=tuple(fallen))
-            times = times or remember(kept, measure(passes))
+            times = times or remember(kept, measure(passes, min(_SECONDS, budget.left / 4)))
             us, dense_us = times["sparse"], times["dense"]
             plan = replace(plan, us=us, dense_us=dense_us, fallen=tuple(fallen))
-            if us <= dense_us * NOISE or not free:
+            if us <= dense_us or not free:
                 return plan
             if losses is None:
                 losses = recall(f"{key}|losses") or remember(f"{key}|losses", _losses(plain, sparse, free, passes))
-                free = {name: module for name, module in free.items() if _loss(losses, name) > 0}
-                if not free:
-                    return plan
             worst = max(free, key=lambda name: _loss(losses, name))
-            _fall(free.pop(worst), us / dense_us)
-            fallen.append(worst)
+            for name in [worst] if _loss(losses, worst) > 0 else [*free]:  # no layer is to blame: all of them
+                _fall(free.pop(name), us / dense_us)
+                fallen.append(name)
 
 
 def compare(models: Mapping[str, nn.Module], example_inputs: Any, training: bool) -> dict[str, float] | None:
@@ -139,30 +138,44 @@ def _pass(model: nn.Module, example_inputs: Any, training: bool) -> Callable[[],
 
         return forward
 
+    # Gradients must reach neither the caller's inputs nor an optimizer that lives in hooks.
+    foreign = any(t.requires_grad for t in tensors) or any(p._post_accumulate_grad_hooks for p in parameters)
+
     def step():
         with torch.enable_grad():
             with cast():
                 output = call(model, example_inputs)
             leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
             grads = [torch.ones_like(t) for t in leaves]
-            return leaves and torch.autograd.grad(leaves, parameters, grads, allow_unused=True)
+            if foreign:
+                return leaves and torch.autograd.grad(leaves, parameters, grads, allow_unused=True)
+            if leaves:
+                torch.autograd.backward(leaves, grads)  # as a training step does
+        for parameter in parameters:
+            parameter.grad = None
+        return leaves
 
     return step if step() else None
 
 
 class _Eval:
-    """Both models in eval mode, random generators and training flags as before after it."""
+    """Both models in eval mode; random generators, training flags and gradients as before after it."""
 
     def __init__(self, *models: nn.Module) -> None:
         self._flags = {module: module.training for model in models for module in model.modules()}
+        self._grads = [(p, p.grad) for model in models for p in model.parameters() if p.grad is not None]
         self._models, self._fork = models, torch.random.fork_rng(devices=[])
 
     def __enter__(self) -> None:
         self._fork.__enter__()
         for model in self._models:
             model.eval()
+        for parameter, _ in self._grads:
+            parameter.grad = None
 
     def __exit__(self, *exception) -> None:
         for module, flag in self._flags.items():
             module.training = flag
+        for parameter, grad in self._grads:
+            parameter.grad = grad
         self._fork.__exit__(*exception)
