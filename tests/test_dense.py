@@ -12,7 +12,7 @@ from torch.func import functional_call
 import sparsekit as sk
 from sparsekit.autograd import Guard
 
-SHAPES = {"linear": (20, 10), "large": (512, 256), "conv": (3, 8)}
+SHAPES = {"linear": (20, 10), "large": (1024, 256), "conv": (3, 8)}
 
 
 def layer_of(kind, seed=0):

@@ -14,7 +14,7 @@ from sparsekit.format import Format
 
 from ..reference import conv2d_backward, zero_pruned_
 
-_FEW, _MANY = 64, 1 << 17  # samples, weights
+_SAMPLES, _MANY = (4, 64), 1 << 18  # weights
 
 
 class Dense(Format):
@@ -47,10 +47,10 @@ class Dense(Format):
         return mask.numel(), ""
 
     def fused(self, x, shape):
-        # A large weight and few samples: masking the gradient would cost as much as computing it.
+        # A large weight and few samples: a gradient written masked is faster than torch's; one sample's is not.
         return (
             shape[0] * shape[1] >= _MANY
-            and x.numel() <= _FEW * shape[1]
+            and _SAMPLES[0] * shape[1] <= x.numel() <= _SAMPLES[1] * shape[1]
             and x.dtype in (torch.float32, torch.float64)
             and x.device.type == "cpu"
             and _native.load()
