@@ -199,6 +199,11 @@ def test_channels_last_stays():
     fast = sk.convert(model, masks, impl="dense")
     assert fast[0].values.is_contiguous(memory_format=torch.channels_last)
     assert fast[0].mask.stride() == fast[0].values.stride()
+    moved = sk.convert(model, masks, impl="csr")
+    moved[0].set_format("dense")
+    for net in (moved, sk.to_dense(sk.convert(model, masks, impl="csr"))):
+        weight = net[0].values if net is moved else net[0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
     masked = sk.to_dense(fast)
     assert torch.equal(fast(x), masked(x)) and fast(x).is_contiguous(memory_format=torch.channels_last)
     grads = [torch.autograd.grad(net(x).square().sum(), net[0].parameters()) for net in (fast, masked)]

@@ -33,6 +33,8 @@ class SparseModule(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
+    _channels_last = False
+    """Whether the dense weight lies so: torch runs images in channels_last on such weights without copying them."""
     _guarded: Tensor | None = None
     """The parameter that torch's own operator takes as it is: it keeps its pruned entries at 0 by itself."""
 
@@ -74,7 +76,8 @@ class SparseModule(nn.Module):
             name = self.layer_name or type(self).__name__
             raise ValueError(f"{name}: Expected a format that runs grouped convolutions, got {fmt.name!r}")
         self._guarded = None
-        layout = _layout(weight) if fmt.masked else torch.contiguous_format
+        self._channels_last = self._channels_last or _is_channels_last(weight)
+        layout = torch.channels_last if fmt.masked and self._channels_last else torch.contiguous_format
         mask = mask.contiguous(memory_format=layout)
         index = {name: tensor.to(weight.device) for name, tensor in fmt.index(mask, getattr(self, "groups", 1)).items()}
         index |= fmt.prepare(index, self.shape)
@@ -215,7 +218,10 @@ class SparseModule(nn.Module):
     def to_dense(self) -> nn.Module:
         """The layer as the class it was converted from, survivors bit for bit, pruned weights 0."""
         dense = self._empty_dense()
-        dense.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.values.requires_grad)
+        weight = self.weight.detach()
+        last = self._channels_last and weight.dim() == 4  # not of Conv1d
+        weight = weight.clone(memory_format=torch.channels_last if last else torch.preserve_format)
+        dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return dense.train(self.training)
@@ -283,10 +289,8 @@ class SparseModule(nn.Module):
             self._store(weight, self._folded_survivors().to(to.device) if mask is None else mask, self.format)
 
 
-def _layout(weight: Tensor) -> torch.memory_format:
-    """The memory format of a weight: torch runs images in channels_last on weights that lie so."""
-    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last and not weight.is_contiguous() else torch.contiguous_format
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _leaf(dense: nn.Module) -> Tensor:
