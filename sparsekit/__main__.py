@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--input", required=True, help="shape of the input with its batch, 64x3x32x32")
     plan.add_argument("--model", help="of a RUN that does not name its own: a model's name or module.path:factory")
     plan.add_argument("--training", action="store_true", help="forward + backward (default: forward)")
-    plan.add_argument("--sparsity", type=float, help="prune by magnitude first (default: the masks or zeros it has)")
+    plan.add_argument("--sparsity", type=float, help="prune each layer by magnitude first (default: what it has)")
     plan.add_argument("--pattern", default="unstructured", help="for --sparsity")
     plan.add_argument("--regroup", action="store_true", help="also try the rows in another order (convert's regroup)")
     plan.add_argument("--plan-seconds", type=float, default=10.0, help="what measuring may take (default 10)")

@@ -66,7 +66,7 @@ def plan(args: Namespace) -> Explanation:
 def _plan(args: Namespace, shape: tuple[int, ...]) -> Explanation:
     model, masks = _model(args.source, shape, args.model)
     if args.sparsity is not None:
-        masks = prune(model, args.sparsity, args.pattern)
+        masks = prune(model, args.sparsity, args.pattern, scope="layer")
     elif masks is None:
         masks = {name: mask_of(module) for name, module in prunable(model).items()}
     if all(bool(mask.all()) for mask in masks.values()):
