@@ -86,7 +86,8 @@ def compare(model, masks, x, y, training: Training) -> dict:
     serving, stepping = (sk.convert(model, masks, x, flag, plan_seconds=30) for flag in (False, True))
     layouts = [torch.contiguous_format, *([torch.channels_last] if x[0].dim() == 3 and x.shape[1] > 1 else [])]
     nets = {"converted": (serving, x), "fused": (sk.fuse(serving.eval()), x)}
-    steps = {"converted": (stepping, x), "masked": (masked_dense(model, masks), x)}
+    steps = {"converted": (stepping, x), "fused": (sk.fuse(stepping.train()), x)}
+    steps["masked"] = masked_dense(model, masks), x
     for layout in layouts:
         name = "dense" if layout == torch.contiguous_format else "dense channels_last"
         own, image = copy.deepcopy(model).to(memory_format=layout), x.contiguous(memory_format=layout)
@@ -111,7 +112,7 @@ def compare(model, masks, x, y, training: Training) -> dict:
     return {
         "forward_us": infer, "step_us": took, "forward": dense / infer["converted"],
         "fused_forward": dense / infer["fused"], "step": dense_step / took["converted"],
-        "masked_step": took["masked"] / took["converted"],
+        "fused_step": dense_step / took["fused"], "masked_step": took["masked"] / took["fused"],
         "formats": [{layer.name: layer.chosen for layer in sk.explain(net).layers} for net in (serving, stepping)],
     }  # fmt: skip
 
@@ -154,7 +155,7 @@ def main() -> None:
     for name, row in rows.items():
         print(
             f"{name:12} inference {row['forward']:.2f}x (fused {row['fused_forward']:.2f}x), step {row['step']:.2f}x "
-            f"of dense, {row['masked_step']:.2f}x of masked dense; {row['formats']}"
+            f"(fused {row['fused_step']:.2f}x) of dense, {row['masked_step']:.2f}x of masked dense; {row['formats']}"
         )
     if args.out:
         facts = {"environment": environment(), "model": args.model, "threads": args.threads, "batch": batch}

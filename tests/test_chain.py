@@ -127,6 +127,50 @@ def test_fuse_links_what_follows_each_other(faster):
         assert torch.equal(dense.state_dict()[name], tensor)
 
 
+def relus(dtype=torch.float32):
+    """A converted network in training, ReLU between its layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32, bias=False), nn.ReLU(), nn.Linear(32, 10))
+    return sk.convert(model.to(dtype), sk.prune(model, 0.8), training=True, impl="csr")
+
+
+@pytest.mark.parametrize("n", [0, 1, 60])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_chain_trains_as_its_layers_do(faster, n, inner):
+    sparse = relus()
+    fused = sk.fuse(sparse)
+    assert isinstance(fused[2], Done)
+    x = torch.randn(n, 64, requires_grad=inner)
+    wanted, got = ([x] * inner + list(m.parameters()) for m in (sparse, fused))
+    results = [torch.autograd.grad(m(x).square().sum(), w) for m, w in ((sparse, wanted), (fused, got))]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    for model in (sparse, fused):
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        for _ in range(3):
+            model(x.detach()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(sparse.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_of_a_chain(faster):
+    fused = sk.fuse(relus(torch.float64))
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *rest: fused(x), (x, *fused.parameters()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x, *rest: fused(x), (x, *fused.parameters()), fast_mode=True)
+
+
+def test_frozen_layers_get_no_gradient(faster):
+    fused = sk.fuse(relus())
+    fused[0].requires_grad_(False)
+    fused[4].bias.requires_grad_(False)
+    fused(torch.randn(5, 64)).square().sum().backward()
+    assert fused[0].values.grad is None and fused[4].bias.grad is None
+    assert fused[2].values.grad is not None and fused[4].values.grad is not None
+
+
 def test_gradients_and_other_formats_take_the_layers(faster):
     sparse, _ = net()
     fused, x = sk.fuse(sparse), torch.randn(60, 8, 8)

@@ -140,10 +140,14 @@ def test_untraceable_models_stay():
     torch.testing.assert_close(fused(x), sparse(x))
 
 
-def test_training_mode_is_refused():
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
-    with pytest.raises(ValueError, match="Expected a model in eval mode"):
-        sk.fuse(sk.convert(model, sk.prune(model, 0.5), impl="csr"))
+def test_norms_stay_in_training_mode():
+    x = torch.randn(4, 16, 6, 5)
+    model = settled(Block(), x).train()
+    sparse = sk.convert(model, sk.prune(model, 0.5), impl="csr")
+    fused = sk.fuse(sparse)
+    assert type(fused.norm1) is nn.BatchNorm2d
+    torch.testing.assert_close(fused(x), sparse(x))
+    torch.testing.assert_close(fused.norm1.running_mean, sparse.norm1.running_mean)
 
 
 def test_norms_after_plain_convolutions_are_folded_too():

@@ -49,22 +49,22 @@ _PASSED = (Applied, Done, nn.Identity)
 
 
 def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Make inference of a converted model cheaper: fold batch norms, fuse activation modules.
+    """Make calls of a converted model cheaper: fold batch norms, fuse activation modules, link linear layers.
 
-    A convolution, sparse or not, whose output goes to one ``nn.BatchNorm2d`` alone takes over its scale and shift
-    (the same function up to rounding). A sparse layer whose output goes to one ``nn.ReLU``, ``nn.GELU()``
-    or ``nn.SiLU`` alone applies it itself, inside the kernel where the format's kernels can. Linear layers that
-    then follow each other run as one call without a gradient, on the CPU, where that measured faster on the batch
-    they were planned for (:func:`explain` says so). Who feeds whom is read by ``torch.fx``; in a model that it
-    cannot trace nothing is fused, with a warning. Save the model before fusing it: the keys of folded norms are
-    gone after.
+    A sparse layer whose output goes to one ``nn.ReLU``, ``nn.GELU()`` or ``nn.SiLU`` alone applies it itself, inside
+    the kernel where the format's kernels can. Linear layers that then follow each other run as one call on the CPU
+    (with gradients, as one node of torch's graph), where that measured faster on the batch they were planned for
+    (:func:`explain` says so). In eval mode a convolution, sparse or not, whose output goes to one
+    ``nn.BatchNorm2d`` alone takes over its scale and shift: the same function up to rounding.
 
-    Plain ``nn.MaxPool2d`` of contiguous images run through a kernel that is vectorised where torch's is not.
+    In eval mode plain ``nn.MaxPool2d`` of contiguous images run through a kernel that is vectorised where torch's is
+    not.
 
-    Returns a deep copy unless ``inplace``. Raises ValueError for a model in training mode.
+    Who feeds whom is read by ``torch.fx``; in a model that it cannot trace nothing is fused, with a warning. Save a
+    model before folding its norms: their keys are gone after.
+
+    Returns a deep copy unless ``inplace``. Fuse before an optimizer is made: a layer may change its format.
     """
-    if model.training:
-        raise ValueError("Expected a model in eval mode (model.eval()), got one in training mode")
     if not inplace:
         model = copy.deepcopy(model)
     try:
@@ -76,7 +76,7 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
             if type(module) is nn.Sequential and any(isinstance(child, Applied | Done) for child in module):
                 module.__class__ = Shortened
         for path, module in list(model.named_modules()):
-            if path and Pooled.can_replace(module):
+            if path and not model.training and Pooled.can_replace(module):
                 model.set_submodule(path, Pooled(module))
     except _Untraceable as error:
         warnings.warn(f"{type(model).__name__}: nothing fused, torch.fx cannot trace it ({error})", stacklevel=2)
