@@ -13,7 +13,7 @@ from sparsekit import _native
 from sparsekit.kernels.csr import layout
 from sparsekit.nn import chain
 from sparsekit.nn.chain import Done
-from sparsekit.nn.fuse import Shortened
+from sparsekit.nn.fuse import Applied, Shortened, streamline
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason="the native library is not built")
 
@@ -200,6 +200,25 @@ def test_explain_tells_what_runs_in_one_call(faster):
     model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32)).eval()
     sparse = sk.convert(model, sk.prune(model, 0.9), torch.randn(16, 64), impl="csr")
     assert "0, 2 run in one call, 1.0 us for 2.0" in str(sk.explain(sk.fuse(sparse)))
+
+
+def test_a_streamlined_training_has_the_bits_of_its_layers(faster):
+    sparse, twin = relus(), relus()
+    streamline(twin)
+    assert isinstance(twin[2], Done) and all(isinstance(twin[i], Applied) for i in (1, 3))
+    for model in (sparse, twin):
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        for step in range(5):
+            model(randn(60, 64, seed=step)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(sparse.state_dict().items(), twin.state_dict().items(), strict=True):
+        assert one[0] == other[0] and torch.equal(one[1], other[1])
+    with torch.no_grad():
+        assert torch.equal(sparse(randn(60, 64)), twin(randn(60, 64)))
+    mixed, _ = net()
+    streamline(mixed.train())
+    assert mixed[5].format.name == "dense" and type(mixed[5]) is sk.SparseLinear and isinstance(mixed[3], Done)
 
 
 def test_slower_chains_stay_apart(monkeypatch):

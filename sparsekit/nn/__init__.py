@@ -9,6 +9,7 @@ from .convert import dense_state as dense_state
 from .convert import masks_of as masks_of
 from .convert import to_dense as to_dense
 from .fuse import fuse as fuse
+from .fuse import streamline as streamline
 from .linear import SparseLinear as SparseLinear
 from .ordered import convert as convert
 from .reorder import regroup as regroup

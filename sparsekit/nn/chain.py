@@ -32,11 +32,13 @@ class _Head(SparseLinear):
     """Computes itself and the layers after it: in one call, or with gradients as one node of torch's graph."""
 
     chain: list[SparseLinear]
+    exact = False
+    """Whether results must have the bits that the layers give: then one call serves gradients only."""
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return self._traced(input)
-        if not self._plain(input):
+        if (self.exact and not torch.is_grad_enabled()) or not self._plain(input):
             for layer in self.chain:
                 input = SparseLinear.forward(layer, input)
             return input
@@ -123,11 +125,12 @@ class Done(SparseLinear):
         return self._traced(input) if isinstance(input, Proxy) else input
 
 
-def link(model: nn.Module, pairs: Iterable[tuple[nn.Module, str]]) -> None:
+def link(model: nn.Module, pairs: Iterable[tuple[nn.Module, str]], dense: bool) -> None:
     """Make chains of the sparse linear layers of ``model`` wherever one call measures faster than theirs.
 
     ``pairs``: each layer with the path of the module that alone reads what it gives. A model in training mode is
-    measured forward and backward.
+    measured forward and backward. ``dense``: layers that run as dense products join as ``csr``; without, no bit of a
+    result depends on what was measured.
     """
     after = {layer: model.get_submodule(path) for layer, path in pairs}
     after = {layer: follower for layer, follower in after.items() if _fits(layer) and _fits(follower)}
@@ -137,9 +140,10 @@ def link(model: nn.Module, pairs: Iterable[tuple[nn.Module, str]]) -> None:
         run = [first]
         while run[-1] in after:
             run.append(after[run[-1]])
-        if not _join(run, model.training):
+        if not (dense and _join(run, model.training)):
             for stretch in _stretches(run):
-                _join(stretch, model.training)
+                if _join(stretch, model.training):
+                    stretch[0].exact = not dense
 
 
 def _fits(layer: nn.Module) -> bool:

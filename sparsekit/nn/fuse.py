@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from .linear import SparseLinear
 from .operations import hooked
 from .pool import Pooled
 
-__all__ = ["Applied", "Shortened", "fuse"]
+__all__ = ["Applied", "Shortened", "fuse", "streamline"]
 
 _CONVOLUTIONS = (SparseConv2d, nn.Conv2d, BorderedConv2d)
 
@@ -40,7 +41,7 @@ class Shortened(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """``x`` through all modules."""
         for module in self._modules.values():
-            if type(module) not in _PASSED:
+            if type(module) not in _PASSED or module._forward_hooks or module._forward_pre_hooks:
                 input = module(input)
         return input
 
@@ -68,19 +69,31 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = copy.deepcopy(model)
     try:
-        for step in (_fold, _activate):
-            for layer, path in _pairs(model):
-                step(model, layer, path)
-        link(model, _pairs(model))
-        for module in model.modules():
-            if type(module) is nn.Sequential and any(isinstance(child, Applied | Done) for child in module):
-                module.__class__ = Shortened
-        for path, module in list(model.named_modules()):
-            if path and not model.training and Pooled.can_replace(module):
-                model.set_submodule(path, Pooled(module))
+        _fuse(model, dense=True)
     except _Untraceable as error:
         warnings.warn(f"{type(model).__name__}: nothing fused, torch.fx cannot trace it ({error})", stacklevel=2)
     return model
+
+
+def streamline(model: nn.Module) -> None:
+    """Fuse a model for training, in place: no layer changes its format and no bit of a result. What torch.fx cannot
+    trace stays as it is."""
+    if any(isinstance(module, SparseModule) for module in model.modules()):
+        with contextlib.suppress(_Untraceable):
+            _fuse(model, dense=False)
+
+
+def _fuse(model: nn.Module, dense: bool) -> None:
+    for step in (_activate,) if model.training else (_fold, _activate):
+        for layer, path in _pairs(model):
+            step(model, layer, path)
+    link(model, _pairs(model), dense)
+    for path, module in [] if model.training else list(model.named_modules()):
+        if path and Pooled.can_replace(module):
+            model.set_submodule(path, Pooled(module))
+    for module in model.modules():
+        if type(module) is nn.Sequential and any(isinstance(child, Applied | Done) for child in module):
+            module.__class__ = Shortened
 
 
 class _Untraceable(Exception):

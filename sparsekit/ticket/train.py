@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import device
 from ..data import Dataset
+from ..nn import streamline
 from . import ranks
 from .ledger import masked_dense
 from .round import Round
@@ -153,6 +154,7 @@ def fitting(
     :meth:`Round.step`; ``sample`` is called a few times outside the timed steps. On several ranks each
     takes its part of every batch.
     """
+    streamline(model.train())
     optimizer = training.make_optimizer(model)
     scheduler = training.make_scheduler(optimizer)
     per_epoch = max(1, len(data.train_y) // training.batch_size)
