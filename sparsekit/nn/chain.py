@@ -38,7 +38,7 @@ class _Head(SparseLinear):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return self._traced(input)
-        if (self.exact and not torch.is_grad_enabled()) or not self._plain(input):
+        if (self.exact and not torch.is_grad_enabled()) or not self._together(input):
             for layer in self.chain:
                 input = SparseLinear.forward(layer, input)
             return input
@@ -56,7 +56,7 @@ class _Head(SparseLinear):
             [m.activation for m in self.chain],
         )
 
-    def _plain(self, x: Tensor) -> bool:
+    def _together(self, x: Tensor) -> bool:
         """Whether nothing asks for a graph or another dtype, and all layers are as they were linked."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or transformed():
             return False
