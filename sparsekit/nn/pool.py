@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..functional import transformed
+from .operations import hooked
 
 __all__ = ["Pooled"]
 
@@ -37,4 +38,4 @@ class Pooled(nn.Module):
     def can_replace(module: nn.Module) -> bool:
         """Whether a module is a plain ``nn.MaxPool2d`` whose windows the kernel knows."""
         plain = type(module) is nn.MaxPool2d and not (module.ceil_mode or module.return_indices)
-        return plain and module.dilation in (1, (1, 1)) and not module._forward_hooks
+        return plain and module.dilation in (1, (1, 1)) and not hooked(module)
