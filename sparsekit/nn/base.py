@@ -129,7 +129,7 @@ class SparseModule(nn.Module):
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_guarded"}
 
-    def _plain(self, values: Tensor, x: Tensor) -> bool:
+    def _bare(self, values: Tensor, x: Tensor) -> bool:
         """Whether torch's own operator on ``values`` is all there is to do; its gradient is taken care of here."""
         if not self.format.masked or self.activation != "none" or torch.jit.is_tracing():
             return False

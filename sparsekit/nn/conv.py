@@ -104,7 +104,7 @@ class _SparseConv(SparseModule):
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         try:
-            if values is self._guarded or self._plain(values, x):  # nothing of ours is left to pay for
+            if values is self._guarded or self._bare(values, x):  # nothing of ours is left to pay for
                 return F.conv2d(x, values, bias, *self._conv)
             index = self._index(x)
             return sparse_conv2d(x, values, index, self.shape, self.format, bias, self._conv, self.activation)

@@ -56,7 +56,7 @@ class SparseLinear(SparseModule):
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         try:
-            if values is self._guarded or self._plain(values, input):  # nothing of ours is left to pay for
+            if values is self._guarded or self._bare(values, input):  # nothing of ours is left to pay for
                 return F.linear(input, values, bias)
             return sparse_linear(input, values, self._index(input), self.shape, self.format, bias, self.activation)
         except (ValueError, RuntimeError) as error:
