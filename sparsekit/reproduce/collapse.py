@@ -82,7 +82,7 @@ def _densities(name: str, masks: Mapping[str, Tensor]) -> Curve:
 @recipe("layerwise", _LAYERWISE)
 def layerwise(setting: Setting) -> list[Check]:
     """Iterative pruning of VGG-16, late rounds: ranking by layerwise importance where magnitude collapses."""
-    rounds, data = setting.pick(2, 25, 30), setting.pick("digits", "cifar10", "cifar10")
+    rounds, data = setting.pick(1, 25, 30), setting.pick("digits", "cifar10", "cifar10")
     name = setting.pick("digits-conv", "vgg16", "vgg16")
     own = models.recipe(name)
     training = scaled(name, setting.pick(4, own.iterations // 40, own.iterations // 2))
