@@ -16,7 +16,6 @@ import copy
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import sparsekit as sk
 from sparsekit import data, models
@@ -27,6 +26,7 @@ from sparsekit.nn.stack import Stack
 from sparsekit.plan import measure
 from sparsekit.ticket.controls import control
 from sparsekit.ticket.ledger import masked_dense
+from sparsekit.ticket.replicates import stack_step
 from sparsekit.ticket.store import round_path
 from sparsekit.ticket.train import Training, make_step, train_round
 
@@ -48,15 +48,8 @@ def search(run: Path) -> None:
 def together(nets, x, y):
     """One training step of several networks as one."""
     stack = Stack(copy.deepcopy(nets), x, shared_input=True).train()
-    optimizer = Training(1).make_optimizer(stack)
-    labels = y.expand(len(nets), -1)
-
-    def step():
-        F.cross_entropy(stack(x).transpose(1, 2), labels, reduction="none").mean(1).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    step, labels = stack_step(stack, Training(1).make_optimizer(stack)), y.expand(len(nets), -1)
+    return lambda: step(x, labels)
 
 
 def round_us(run: Path, number: int, x, y, seconds: float) -> dict:

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from sparsekit import convert, device, models, prune
 from sparsekit.nn.stack import Stack
+from sparsekit.ticket.replicates import stack_step
 from sparsekit.ticket.train import Training, make_step
 
 BATCH, ROUNDS = 60, 15
@@ -31,7 +31,6 @@ def row(count: int, density: float, shared: bool) -> dict:
         masks = [prune(model, 1 - density, scope="layer") for model in alone]
         alone = [convert(m, mask, example_inputs=x, training=True) for m, mask in zip(alone, masks, strict=True)]
     stack = Stack(copy.deepcopy(alone), x, shared).train()
-    optimizer = Training(1).make_optimizer(stack)
     images, labels = x if shared else x.expand(count, *x.shape).contiguous(), y.expand(count, -1)
     steps = [make_step(model.train(), Training(1).make_optimizer(model)) for model in alone]
 
@@ -39,10 +38,10 @@ def row(count: int, density: float, shared: bool) -> dict:
         for step in steps:
             step(x, y)
 
+    step_all = stack_step(stack, Training(1).make_optimizer(stack))
+
     def together():
-        F.cross_entropy(stack(images).transpose(1, 2), labels, reduction="none").mean(1).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step_all(images, labels)
 
     times: dict = {one_by_one: [], together: []}
     for number in range(ROUNDS + 2):

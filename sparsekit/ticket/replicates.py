@@ -18,7 +18,7 @@ from .loop import Round, TicketSearch
 from .rewind import get_rng, set_rng
 from .train import Fit, Training, masked_sampler, means
 
-__all__ = ["fit_together", "in_step", "train_round_together", "train_rounds_together"]
+__all__ = ["fit_together", "in_step", "stack_step", "train_round_together", "train_rounds_together"]
 
 _EVALUATED = 1000  # images of one evaluation
 
@@ -51,7 +51,7 @@ def fit_together(
     data = sets[0]
     stack = Stack(models, data.train_x[: training.batch_size], shared).train()
     optimizer = training.make_optimizer(stack)
-    scheduler = training.make_scheduler(optimizer)
+    scheduler, step = training.make_scheduler(optimizer), stack_step(stack, optimizer)
     per_epoch = max(1, len(data.train_y) // training.batch_size)
     count, seconds, eval_seconds = len(stack.models), 0.0, 0.0
     best = [(float("inf"), 0)] * count
@@ -66,9 +66,7 @@ def fit_together(
         now = [split[iteration % per_epoch] for split in batches]
         x = _side_by_side([one.train_x[batch] for one, batch in zip(sets, now, strict=True)])
         y = torch.stack([one.train_y[batch] for one, batch in zip(sets, now, strict=True)]).expand(count, -1)
-        _losses(stack(x), y).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(x, y)
         if scheduler is not None:
             scheduler.step()
         done = iteration + 1
@@ -96,6 +94,21 @@ def fit_together(
         )
         for i in range(count)
     ]  # fmt: skip
+
+
+def stack_step(stack: Stack, optimizer: torch.optim.Optimizer) -> Callable[[Tensor, Tensor], None]:
+    """One training step of all replicates on ``x`` as the stack takes it and labels ``y [R, N]``."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def step(x: Tensor, y: Tensor) -> None:
+        # the sum of the replicates' means, in rows that softmax reads in order
+        total = F.cross_entropy(stack(x).flatten(0, 1), y.flatten(), reduction="sum")
+        (total / y.shape[1]).backward()
+        optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+
+    return step
 
 
 def _losses(logits: Tensor, y: Tensor) -> Tensor:
