@@ -40,6 +40,16 @@ def same(a, b):
             assert lines[0][key] == lines[1][key]
 
 
+def shares():
+    """Batches are shared out without loss, sums and statistics are everyone's."""
+    mine = ranks.share(torch.arange(7))
+    assert ranks.total(float(mine.sum()), len(mine)) == [21.0, 7.0]
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False))
+    net[0].running_mean.fill_(float(ranks.rank()))
+    ranks.average_statistics(net)
+    assert net[0].running_mean.tolist() == [0.5, 0.5] and net[0].running_var.tolist() == [1.0, 1.0]
+
+
 def own_loop(folder):
     """One's own loop, whose model forgets rank 0's mask on one rank: all ranks hear of it, and nothing is kept."""
     torch.manual_seed(dist.get_rank())  # rank 0's weights and masks, whatever a rank has
@@ -77,6 +87,7 @@ if __name__ == "__main__":
     search(folder / "run", 1)
     search(folder / "run", 2)
     search(folder / "again", 2)
+    shares()
     own_loop(folder / "own")
     dist.barrier()
     if ranks.rank() == 0:

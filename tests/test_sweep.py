@@ -128,3 +128,5 @@ def test_ray(tmp_path):
 def test_launchers_by_name():
     with pytest.raises(ValueError, match="Expected a launcher of local, ray, got 'slurm'"):
         each(len, [], launcher="slurm")
+    with pytest.raises(ValueError, match="Expected workers=1 with launcher='ray'"):
+        each(len, [], workers=2, launcher="ray")

@@ -35,7 +35,9 @@ def join(device: str) -> bool:
 
     Returns whether it did, in which case ``torch.distributed.destroy_process_group`` is due in the end.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
+        return False
+    if int(os.environ["WORLD_SIZE"]) < 2:
         return False
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -35,6 +35,8 @@ def each(function: Callable[[Any], Any], items: Iterable[Any], workers: int = 1,
         raise ValueError(f"Expected workers as a whole number of at least 1, got {workers!r}")
     if launcher not in LAUNCHERS:
         raise ValueError(f"Expected a launcher of {', '.join(LAUNCHERS)}, got {launcher!r}")
+    if launcher == "ray" and workers != 1:
+        raise ValueError(f"Expected workers=1 with launcher='ray', whose cluster decides how many run, got {workers}")
     items = list(items)
     if launcher == "ray":
         answers = _on_ray(function, items)
