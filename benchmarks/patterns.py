@@ -122,7 +122,7 @@ def measure_all(runs: Path, out: Path, patterns: list[str], seconds: float) -> N
     there = {(row["pattern"], row["round"]) for row in found["rows"]}
     for pattern in patterns:
         seeds = sorted(folder(runs, pattern, 0).parent.glob("seed_*"))
-        for number in finished_rounds(seeds[0])[1:]:
+        for number in finished_rounds(seeds[0])[1:] if seeds else []:
             if (pattern, number) in there:
                 continue
             if time.monotonic() - begun > seconds:
