@@ -20,7 +20,8 @@ class SparseModule(nn.Module):
     differentiable dense view for code that reaches inside; writing into that view changes nothing.
     ``state_dict`` holds ``values``, the format's index tensors and ``bias``; ``load_state_dict`` also
     takes a dense ``weight`` (its survivors are read), ``weight_orig`` with ``weight_mask`` (the mask is
-    adopted), and the packed form of any other format.
+    adopted), and the packed form of any other format. Leave ``use_buffers=False`` in torch's ``AveragedModel``: it
+    copies the index then, and would average it in floating point otherwise.
     """
 
     dense_class: type[nn.Module]
