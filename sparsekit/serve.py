@@ -80,7 +80,8 @@ class _Graph:
 
     def __call__(self, *inputs: Any) -> Any:
         """Inputs as at export, any batch of at least 1; raises ValueError or TypeError where they are not."""
-        for x, facts in zip(pytree.tree_leaves(inputs), self._facts, strict=False):
+        plain = all(isinstance(x, Tensor) for x in inputs)
+        for x, facts in zip(inputs if plain else pytree.tree_leaves(inputs), self._facts, strict=False):
             if facts is not None:
                 _check(x, facts)
         return self._graph.run(*inputs)

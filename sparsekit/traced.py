@@ -38,38 +38,53 @@ class _Name(str):
 
 
 class Traced:
-    """A traced graph as steps ``(function, arguments, keywords, outputs, names that nobody reads again)``."""
+    """A traced graph as steps ``(function, arguments, holes, keywords, outputs, names that nobody reads again)``.
+
+    ``holes`` are the places of those arguments that other steps make; the rest stand there already.
+    """
 
     def __init__(self, graph: dict[str, Any], held: dict[str, Tensor], inputs: list, specs: tuple[Any, Any]) -> None:
         self.inputs = inputs
         """Name and facts of every input; None instead of facts where it is no tensor."""
+        self._names = [name for name, _ in inputs]
         self._spec, self._outputs = specs
+        self._plain = self._spec == pytree.tree_structure(((0,) * len(inputs), {}))
         self._results = [_argument(argument, held) for argument in graph["outputs"]]
-        kept = {name for result in self._results for name in _names(result)}
+        seen = {name for result in self._results for name in _names(result)}
         self._steps: list[tuple] = []
-        seen = set(kept)
         for node in reversed(graph["nodes"]):
             function, arguments, keywords, outputs = _step(node, held)
+            holes = [place for place, value in enumerate(arguments) if _names(value)]
             used = {name for value in (*arguments, *keywords.values()) for name in _names(value)}
             dead = [name for name in used | set(_names(outputs)) if name not in seen]
             seen |= used
-            self._steps.append((function, arguments, keywords, outputs, dead))
+            self._steps.append((function, arguments, holes, keywords, outputs, dead))
         self._steps.reverse()
 
     def run(self, *inputs: Any) -> Any:
         """The model's output for inputs that were checked."""
-        flat, spec = pytree.tree_flatten((inputs, {}))
-        if spec != self._spec:
-            raise ValueError(f"Expected inputs as at export ({self._spec}), got {spec}")
-        values = dict(zip((name for name, _ in self.inputs), flat, strict=True))
+        if not (self._plain and len(inputs) == len(self._names) and all(isinstance(x, Tensor) for x in inputs)):
+            inputs, spec = pytree.tree_flatten((inputs, {}))
+            if spec != self._spec:
+                raise ValueError(f"Expected inputs as at export ({self._spec}), got {spec}")
+        values = dict(zip(self._names, inputs, strict=True))
         with torch.no_grad():
-            for function, arguments, keywords, outputs, dead in self._steps:
-                filled = [_fill(value, values) for value in arguments]
-                made = function(*filled, **{key: _fill(value, values) for key, value in keywords.items()})
-                _assign(outputs, made, values)
+            for function, arguments, holes, keywords, outputs, dead in self._steps:
+                arguments = arguments.copy()
+                for place in holes:
+                    arguments[place] = _fill(arguments[place], values)
+                if keywords:
+                    made = function(*arguments, **{key: _fill(value, values) for key, value in keywords.items()})
+                else:
+                    made = function(*arguments)
+                if len(outputs) == 1 and type(outputs[0]) is _Name:
+                    values[outputs[0]] = made
+                else:
+                    _assign(outputs, made, values)
                 for name in dead:
                     del values[name]
-        return pytree.tree_unflatten([_fill(result, values) for result in self._results], self._outputs)
+        results = [_fill(result, values) for result in self._results]
+        return results[0] if self._outputs.is_leaf() else pytree.tree_unflatten(results, self._outputs)
 
 
 def read(archive: zipfile.ZipFile) -> Traced:
