@@ -1,7 +1,10 @@
 """Lightning, transformers and the Hub: rounds that reset what a round resets, and masks that stay."""
 
 import copy
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,6 +141,21 @@ def test_transformers_trainer(rewind, tmp_path):
     dense = sk.to_dense(last).state_dict()
     for name, mask in masks.items():
         assert torch.equal(dense[name][~mask], torch.zeros(int((~mask).sum())))
+
+
+@pytest.mark.parametrize(
+    ("script", "packages"),
+    [("lightning_tickets", ["lightning"]), ("huggingface_tickets", ["transformers", "accelerate"])],
+)
+def test_examples_run(script, packages, tmp_path):
+    for name in (*packages, "sklearn"):
+        package(name)
+    path = Path(__file__).resolve().parents[1] / f"examples/integrations/{script}.py"
+    run = subprocess.run([sys.executable, "-W", "ignore", path], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith("round ")]
+    assert lines[0].startswith("round 0: 100.0%") and len(lines) >= 3
+    assert all(float(line.rpartition(" ")[2]) > 0.8 for line in lines)
 
 
 def test_hub_round_trip(tmp_path):
