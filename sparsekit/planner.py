@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from . import models
 from .explanation import Explanation, explain
+from .export.files import classes_of
 from .export.packed import read_portable
 from .files import read_json
 from .mask import mask_of
@@ -114,8 +115,7 @@ def _of_run(run: Path, shape: tuple[int, ...], network: str | None) -> tuple[nn.
     if network is not None and _FACTORY.fullmatch(network):  # never one that a file names
         model = _of_factory(network)
     else:
-        biases = [tensor for tensor in state.values() if tensor.dim() == 1]
-        model = models.build(str(name), classes=biases[-1].numel() if biases else 10, input_shape=shape[1:])
+        model = models.build(str(name), classes=classes_of(str(name), state, shape[1:]), input_shape=shape[1:])
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -19,7 +19,7 @@ from .graph import save_aoti, save_pt2
 from .onnx import save_onnx
 from .packed import read_portable, save_state
 
-__all__ = ["STATES", "TARGETS", "export_file"]
+__all__ = ["STATES", "TARGETS", "classes_of", "export_file"]
 
 STATES = ("packed", "dense", "prune")
 """Files of tensors; the others hold the graph of a network as well, whose name must be known."""
@@ -80,13 +80,21 @@ def _network(
     shape = _SHAPES.get(str(config.get("data"))) if shape is None else shape
     if not isinstance(name, str) or shape is None:
         raise ValueError(f"{source}: Expected --model and --input-shape for a source that does not name them, got none")
-    last = [tensor for tensor in state.values() if tensor.dim() >= 2]
-    network = models.build(name, classes=len(last[-1]) if last else 1, input_shape=shape)
+    network = models.build(name, classes=classes_of(name, state, shape), input_shape=shape)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{source}: Expected the tensors of {name}, got others ({error})") from None
     return network.eval(), shape
+
+
+def classes_of(name: str, state: dict[str, Tensor], shape: tuple[int, ...]) -> int:
+    """How many classes the network that ``state`` comes from tells apart; files keep tensors in no telling order."""
+    if name.startswith("mlp:"):  # as said there
+        return int(last) if (last := name.rpartition("-")[2]).isdigit() else 1
+    probe = models.build(name, classes=1, input_shape=shape).state_dict()
+    found = (len(t) for key, t in state.items() if key in probe and t.dim() and t.shape != probe[key].shape)
+    return max(next(found, 1), 1)
 
 
 @torch.no_grad()
