@@ -396,8 +396,8 @@ def test_a_network_whose_head_is_not_its_last_tensor(tmp_path):
 
     model = models.build("resnet20", classes=7, input_shape=(3, 8, 8), seed=0).eval()
     sk.save(sk.convert(model, sk.prune(model, 0.5), impl="csr"), tmp_path / "t.safetensors")
-    network = ["--model", "resnet20", "--input-shape", "3x8x8", "--batch", "2"]
-    assert main(["export", str(tmp_path / "t.safetensors"), "--to", "pt2", "-o", str(tmp_path / "m.pt2"), *network]) == 0
+    network = ["--model", "resnet20", "--input-shape", "3x8x8", "--batch", "2", "-o", str(tmp_path / "m.pt2")]
+    assert main(["export", str(tmp_path / "t.safetensors"), "--to", "pt2", *network]) == 0
     assert serve.load(tmp_path / "m.pt2")(torch.randn(3, 3, 8, 8)).shape == (3, 7)
 
 
