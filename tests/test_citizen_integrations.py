@@ -155,7 +155,7 @@ def test_examples_run(script, packages, tmp_path):
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if line.startswith("round ")]
     assert lines[0].startswith("round 0: 100.0%") and len(lines) >= 3
-    assert all(float(line.rpartition(" ")[2]) > 0.8 for line in lines)
+    assert all(float(line.rpartition(" ")[2]) > 0.5 for line in lines), run.stdout
 
 
 def test_hub_round_trip(tmp_path):
