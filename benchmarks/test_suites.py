@@ -32,12 +32,12 @@ def running(pytestconfig, cases):
 
 @pytest.fixture(scope="session")
 def cases(pytestconfig):
-    return select(pytestconfig.getoption("suite"), pytestconfig.getoption("level"))
+    return select(*map(pytestconfig.getoption, ("suite", "level")), where=pytestconfig.getoption("device"))
 
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
-    chosen = select(option("suite"), option("level"))
+    chosen = select(option("suite"), option("level"), where=option("device"))
     metafunc.parametrize("case", chosen, ids=lambda case: f"{case.suite}/{case.name}")
 
 

@@ -40,8 +40,9 @@ def test_levels_grow_and_names_are_unique():
     for suite, known in cases.SUITES.items():
         names = [case.name for case in known]
         assert len(set(names)) == len(names), suite
-        sizes = [len(bench.select(suite, level)) for level in cases.LEVELS]
+        sizes = [len(bench.select(suite, level, where="cuda")) for level in cases.LEVELS]
         assert 0 < sizes[0] <= sizes[1] <= sizes[2] == len(known), suite
+        assert not any(case.device for case in bench.select(suite, "full"))
     assert {case.name for case in bench.select("hero", filter="4096 d0.1 step")} == {"linear-4096x1024-b64-d0.1-step"}
     assert len(bench.select("all")) == sum(len(bench.select(suite)) for suite in cases.SUITES)
 
@@ -87,6 +88,18 @@ def test_every_work_agrees_with_float64(subject, work, format):
         thunks, notes = runner.thunks_of(posed, runner.Session(level="usual"))
         assert "dense" in thunks and not any(name in notes for name in thunks)
         assert not any(why.startswith("failed") for why in notes.values()), notes
+
+
+@pytest.mark.parametrize("format", ["panel", "nm", "bitmap"])
+def test_what_only_gpus_have_is_posed_as_it_is_there(format):
+    chosen = [case for case in bench.select("ops", "full", where="cuda") if case.format == format]
+    assert {case.dtype for case in chosen} == {"bfloat16", "float16"}
+    assert {case.work for case in chosen} == ({"forward"} if format == "bitmap" else {"forward", "dx", "dw"})
+    for work in {case.work for case in chosen}:
+        block = (8, 1) if format == "panel" else (1, 1)
+        posed = problem.pose(cases.Case("ops", "linear-64x64", work, 0.5, 16, format, block, "bfloat16"))
+        layer, thunk = problem.sparse_thunk(posed)
+        assert layer.format.name == format and problem.verdict(thunk(), posed, packed=layer.pack) < 2e-2
 
 
 def test_a_row_says_all_there_is_to_know(no_probe):

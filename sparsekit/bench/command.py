@@ -83,7 +83,7 @@ def execute(args: argparse.Namespace) -> int:
 def _list(suite: str, level: str, words: str, where: str) -> None:
     from .rivals import RIVALS, absences
 
-    for case in select(suite, level, words):
+    for case in select(suite, level, words, where):
         print(f"{case.suite}/{case.name}")
     missing = absences(where)
     for rival in RIVALS:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..pattern import Pattern
-from .problem import Problem, Thunk
+from .problem import Problem, Thunk, forward_of_linear
 
 __all__ = ["clones", "cusparse", "semi_structured", "sets_needed", "tuned_bsr", "two_of_four"]
 
@@ -63,10 +63,8 @@ def two_of_four(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
 
 def semi_structured(p: Problem) -> Thunk | str:
     """2:4 in half precision whatever the row's dtype: the row's own where that is half, else bfloat16."""
-    if not p.is_linear:
-        return "has no convolution"
-    if p.case.work != "forward":
-        return "has no gradient for a fixed pattern"
+    if reason := forward_of_linear(p):
+        return reason
     half = p.case.torch_dtype if p.case.torch_dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     x = p.x.to(half)
     run = two_of_four(p.dense.weight.detach().to(half), p.dense.bias.detach().to(half))
@@ -101,10 +99,8 @@ def tuned_bsr(weight: Tensor, bias: Tensor, x: Tensor) -> Callable[[Tensor], Ten
 
 def cusparse(p: Problem) -> Thunk | str:
     """cuSPARSE's SpMM of float32 and float64, through cupy on torch's stream and memory."""
-    if not p.is_linear:
-        return "has no convolution"
-    if p.case.work != "forward":
-        return "has no gradient for a fixed pattern"
+    if reason := forward_of_linear(p):
+        return reason
     if p.case.torch_dtype not in (torch.float32, torch.float64):
         return "through cupy has float32 and float64 only"
     import cupy

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .. import convert, data, fuse, models, prune, regroup
 from ..nn import SparseModule
 from ..ticket.train import Training, fit
-from .cases import MODELS, TICKETS, Case
+from .cases import TICKETS, Case
+from .layers import MODELS
 from .tickets import MaskedSearch
 
 __all__ = ["Prepared", "Unavailable", "memory", "prepare"]

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import Pattern
 from ..nn import SparseConv2d, SparseLinear, SparseModule
-from .cases import LAYERS, Case
+from .cases import Case
+from .layers import LAYERS
 
-__all__ = ["Problem", "Thunk", "dense_thunk", "pose", "sparse_thunk", "verdict"]
+__all__ = ["Problem", "Thunk", "dense_thunk", "forward_of_linear", "pose", "sparse_thunk", "verdict"]
 
 Thunk = Callable[[], Sequence[Tensor]]
 """Does the work once; returns what :attr:`Problem.expected` names, in any memory format or float dtype."""
@@ -42,8 +44,11 @@ class Problem:
 
 
 def make_mask(case: Case, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """A random mask of whole blocks, each surviving with the case's density."""
+    """A random mask of whole blocks, each surviving with the case's density; of ``nm`` a random 2:4 one."""
     (out, inputs, *kernel), (rows, cols) = shape, case.block
+    if case.format == "nm":
+        alive = torch.ones(*shape, dtype=torch.bool)
+        return Pattern.parse("2:4").nm_mask(torch.rand(*shape, generator=generator), alive)
     mask = torch.rand(-(-out // rows), -(-inputs // cols), *kernel, generator=generator) < case.density
     return mask.repeat_interleave(rows, 0)[:out].repeat_interleave(cols, 1)[:, :inputs]
 
@@ -98,6 +103,13 @@ def verdict(got: Sequence[Tensor], problem: Problem, dtype: torch.dtype | None =
             raise AssertionError(f"{name}: Expected the float64 dense result within {most:g}, got {error:.1e}")
         worst = max(worst, error)
     return worst
+
+
+def forward_of_linear(problem: Problem) -> str | None:
+    """Why a library that has nothing else cannot do the work, or None."""
+    if not problem.is_linear:
+        return "has no convolution"
+    return None if problem.case.work == "forward" else "has no gradient for a fixed pattern"
 
 
 def dense_thunk(problem: Problem, module: nn.Module, x: Tensor, dy: Tensor) -> Thunk:

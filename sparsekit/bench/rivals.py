@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import gpu, runtimes
-from .problem import Problem, Thunk, dense_thunk
+from .problem import Problem, Thunk, dense_thunk, forward_of_linear
 
 __all__ = ["RIVALS", "Rival", "absences"]
 
@@ -86,14 +86,8 @@ def _bfloat16(p: Problem) -> Thunk | str:
     return dense_thunk(p, module.to(**last), p.x.bfloat16().contiguous(**last), p.dy.bfloat16().contiguous(**last))
 
 
-def _forward_of_linear(p: Problem) -> str | None:
-    if not p.is_linear:
-        return "has no convolution"
-    return None if p.case.work == "forward" else "has no gradient for a fixed pattern"
-
-
 def _torch_csr(p: Problem) -> Thunk | str:
-    if reason := _forward_of_linear(p):
+    if reason := forward_of_linear(p):
         return reason
     if p.case.torch_dtype == torch.bfloat16 and not p.x.is_cuda:
         return "has no bfloat16"
@@ -105,7 +99,7 @@ def _torch_csr(p: Problem) -> Thunk | str:
 
 
 def _torch_bsr(p: Problem) -> Thunk | str:
-    if reason := _forward_of_linear(p):
+    if reason := forward_of_linear(p):
         return reason
     rows, cols = p.case.block
     if rows != cols or rows == 1:
@@ -123,7 +117,7 @@ def _torch_bsr(p: Problem) -> Thunk | str:
 
 
 def _scipy(p: Problem) -> Thunk | str:
-    if reason := _forward_of_linear(p):
+    if reason := forward_of_linear(p):
         return reason
     if p.case.torch_dtype == torch.bfloat16:
         return "has no bfloat16"

@@ -12,8 +12,9 @@ import torch
 from .. import device
 from ..clock import Events, Wall, graphed, rotating
 from . import gpu, models
-from .cases import LAYERS, LEVELS, Case, select
+from .cases import LEVELS, Case, select
 from .facts import environment, pinned
+from .layers import LAYERS
 from .problem import Problem, Thunk, pose, sparse_thunk, verdict
 from .results import Results
 from .rivals import RIVALS, absences
@@ -210,7 +211,7 @@ def run(
 
     Raises: ValueError on an unknown suite, no cases, no such device, or a file of another machine or commit.
     """
-    cases = select(suite, level, filter)
+    cases = select(suite, level, filter, where)
     if where == "cuda" and not torch.cuda.is_available():
         raise ValueError("Expected --device cpu, got cuda: torch sees no CUDA device here (see sparsekit info)")
     if graphs and where != "cuda":
