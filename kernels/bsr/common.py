@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 __all__ = [
-    "activate", "aligned", "bucket", "capability", "input_precision", "load", "processors", "sum_splits", "traceable",
-    "unit",
+    "activate", "aligned", "bucket", "capability", "check", "input_precision", "load", "processors", "sum_splits",
+    "traceable", "unit",
 ]  # fmt: skip
 
 _BLOCK = 1024  # elements that one program of the sum adds
@@ -124,3 +124,14 @@ def capability(device: torch.device) -> tuple[int, int]:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 1 where the interpreter runs kernels."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def check(*tensors: Tensor | None) -> None:
+    """Raise ValueError where tensors differ in dtype or device; None is passed over."""
+    first, *others = [tensor for tensor in tensors if tensor is not None]
+    for other in others:
+        if other.dtype != first.dtype or other.device != first.device:
+            raise ValueError(
+                f"Expected tensors of one dtype and device, got {first.dtype} on {first.device} and "
+                f"{other.dtype} on {other.device}"
+            )

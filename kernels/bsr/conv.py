@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from .. import tuning
 from . import conv_kernels as kernels
 from . import linear
-from .common import bucket, capability, input_precision, sum_splits, traceable
+from .common import bucket, capability, check, input_precision, sum_splits, traceable
 
 _FILL = 256  # programs under which smaller tiles serve a GPU of some hundred multiprocessors better
 _TABLE = 256  # pixels that one program of the table's kernel fills; every BP divides it
@@ -37,7 +37,7 @@ def conv2d(
     if _is_linear(kernel_size, stride, padding, groups):
         args = (values, crow_indices, col_indices, row_order, bias, out_channels, activation)
         return _image(linear.linear(_rows(x), *args, config=config), x)
-    _check(x, values, bias)
+    check(x, values, bias)
     x, values = _nhwc(x), values.contiguous()
     n, channels, h, w = x.shape
     oh, ow = (
@@ -80,7 +80,7 @@ def conv2d_t(
     if _is_linear(kernel_size, stride, padding, groups):
         dx = linear.linear_t(_rows(dy), values, t_crow, t_row, t_perm, t_order, in_channels, config=config)
         return _image(dx, dy)
-    _check(dy, values)
+    check(dy, values)
     dy, values = _nhwc(dy), values.contiguous()
     n, channels, oh, ow = dy.shape
     h, w = input_size
@@ -127,7 +127,7 @@ def conv2d_sddmm(
     """The weight gradient at the surviving blocks ``[nnzb, R, C]``, exactly 0 where a block sticks out."""
     if _is_linear(kernel_size, stride, padding, groups):
         return linear.sddmm(_rows(dy), _rows(x), crow_indices, col_indices, runs, block, config=config)
-    _check(dy, x)
+    check(dy, x)
     dy, x = _nhwc(dy), _nhwc(x)
     (n, outs, oh, ow), channels, nnzb, (r, c) = dy.shape, x.shape[1], col_indices.shape[0], block
     pixels = n * oh * ow
@@ -178,16 +178,6 @@ def conv2d_backward(
         conv2d_sddmm(dy, x, *index, block, *conv) if need_dvalues else dy.new_empty(0),
         dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype) if need_dbias else dy.new_empty(0),
     )
-
-
-def _check(*tensors):
-    first, *others = [tensor for tensor in tensors if tensor is not None]
-    for other in others:
-        if other.dtype != first.dtype or other.device != first.device:
-            raise ValueError(
-                f"Expected tensors of one dtype and device, got {first.dtype} on {first.device} and "
-                f"{other.dtype} on {other.device}"
-            )
 
 
 def _cdiv(a, b):

@@ -15,186 +15,15 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .. import reference, tuning
 from . import common
+from . import linear_kernels as kernels
 
 __all__ = ["linear", "linear_backward", "linear_t", "offline_cases", "sddmm"]
 
 RUN = 256  # inputs that one entry of ``runs`` spans
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _product(
-    x, values, bias, y, starts, partner, perm, order, tokens, rows, x_units, y_units,
-    R: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
-    RAGGED_IN: tl.constexpr, RAGGED_OUT: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """One tile ``[BM, block]`` of ``y``; rows of x and y are ``units * UNIT`` long.
-
-    ``starts`` delimits the blocks of a row (column), ``partner`` says which columns (rows) they meet, ``perm``
-    which of ``values`` they are; without TRANSPOSED they lie in order and perm is not read.
-    """
-    SIDE: tl.constexpr = R if TRANSPOSED else C  # of a block, along the sum
-    ACROSS: tl.constexpr = C if TRANSPOSED else R
-    BN: tl.constexpr = ACROSS if ACROSS > 16 else 16
-    DEEP: tl.constexpr = SIDE // BK if SIDE > BK else 1  # products in a block
-    J: tl.constexpr = BK // SIDE if BK > SIDE else 1  # blocks in a product
-    width = x_units * X_UNIT
-    outs = y_units * Y_UNIT
-
-    row = tl.load(order + tl.program_id(0) % rows)
-    m = tl.program_id(0) // rows * BM + tl.arange(0, BM)
-    k = tl.arange(0, BK)
-    n = tl.arange(0, BN)
-    j = k // SIDE if J > 1 else 0
-    inner = k % SIDE
-    x_rows = x + tl.minimum(m, tokens - 1).to(tl.int64)[:, None] * width  # rows past the end repeat the last
-    lo = tl.load(starts + row)
-    count = tl.load(starts + row + 1) - lo
-    last = tl.maximum(lo + count - 1, 0)
-    if TRANSPOSED:
-        tile = values + inner[:, None] * C + (n % ACROSS)[None, :]
-    else:
-        tile = values + lo.to(tl.int64) * (R * C) + inner[:, None] + (n % ACROSS)[None, :] * C
-
-    begin = 0
-    end = (count * DEEP + J - 1) // J
-    if SPLIT > 1:
-        share = (end + SPLIT - 1) // SPLIT
-        begin = tl.program_id(1) * share
-        end = tl.minimum(begin + share, end)
-    # Indices are loaded one step ahead: loaded in their own step they would drain the pipeline.
-    at = tl.minimum(lo + begin // DEEP * J + j, last)
-    next_partner = tl.load(partner + at)
-    if TRANSPOSED:
-        next_block = tl.load(perm + at)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for i in range(begin, end):
-        met = next_partner
-        at = tl.minimum(lo + (i + 1) // DEEP * J + j, last)
-        next_partner = tl.load(partner + at)
-        depth = i % DEEP * BK
-        column = met * SIDE + (depth + inner)
-        inside = column < width
-        if J > 1:
-            real = i * J + j < count
-            inside = inside & real if RAGGED_IN else real
-        a = common.load(x_rows + column[None, :], inside[None, :], MASKED=J > 1 or RAGGED_IN)
-        if TRANSPOSED:
-            block = next_block.to(tl.int64) if WIDE else next_block
-            next_block = tl.load(perm + at)
-            offset = block * (R * C) + depth * C
-        else:
-            offset = (i // DEEP * J + j) * (R * C) + depth
-        b = tl.load(tile + offset[:, None], mask=real[:, None], other=0.0) if J > 1 else tl.load(tile + offset)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-
-    out = row * ACROSS + n
-    kept = (m < tokens)[:, None]
-    if RAGGED_OUT or BN > ACROSS:
-        kept = kept & ((n < ACROSS) & (out < outs))[None, :]
-    if SPLIT > 1:
-        y += tl.program_id(1).to(tl.int64) * tokens * outs
-    else:
-        if HAS_BIAS:
-            acc += common.load(bias + out, out < outs, MASKED=RAGGED_OUT or BN > ACROSS).to(tl.float32)[None, :]
-        acc = common.activate(acc, ACTIVATION)
-    tl.store(y + m.to(tl.int64)[:, None] * outs + out[None, :], acc.to(y.dtype.element_ty), mask=kept)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _sddmm(
-    dy, x, crow, col, runs, dvalues, tokens, outs, ins, nnzb, dy_units, x_units,
-    R: tl.constexpr, C: tl.constexpr, G: tl.constexpr, DY_UNIT: tl.constexpr, X_UNIT: tl.constexpr,
-    RAGGED: tl.constexpr, PRECISION: tl.constexpr, J: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """``J`` neighbouring blocks of ``dvalues``, or their partial sums over one of SPLIT slices of the tokens.
-
-    A run has up to ``G`` blocks. Inputs lie on the matrix unit's long side where a block has few outputs. Rows of
-    dy and x are ``units * UNIT`` long, of which the first ``outs`` and ``ins`` count.
-    """
-    BR: tl.constexpr = R if R > 16 else 16
-    JC: tl.constexpr = J * C
-    SWAP: tl.constexpr = R < 64
-    dy_row = dy_units * DY_UNIT
-    x_row = x_units * X_UNIT
-
-    run = tl.program_id(0) // (G // J)
-    row = tl.load(runs + 2 * run)
-    first = tl.load(runs + 2 * run + 1)
-    end = tl.minimum(first + G, tl.load(crow + row + 1))
-    first += tl.program_id(0) % (G // J) * J
-    n = tl.arange(0, JC)
-    r = tl.arange(0, BR) % R
-    t = tl.arange(0, BT)
-    block = first + n // C
-    column = tl.load(col + tl.minimum(block, end - 1)) * C + n % C
-    out = row * R + r
-    has_column = column < x_row
-    has_out = out < dy_row
-
-    size = ((tokens + SPLIT - 1) // SPLIT + BT - 1) // BT * BT
-    begin = tl.program_id(1) * size
-    count = tl.where(first < end, tl.minimum(size, tokens - begin), 0)  # below 1 where nothing is left to do
-    dy += begin.to(tl.int64) * dy_row
-    x += begin.to(tl.int64) * x_row
-    # Operands are addressed the way the product reads them: transposed after loading, one would go through
-    # registers on sm_80. The left one is transposed.
-    if SWAP:
-        left_at = t[None, :] * x_row + column[:, None]
-        right_at = t[:, None] * dy_row + out[None, :]
-        has_left = has_column[:, None]
-        has_right = has_out[None, :]
-        acc = tl.zeros((JC, BR), tl.float32)
-    else:
-        left_at = t[None, :] * dy_row + out[:, None]
-        right_at = t[:, None] * x_row + column[None, :]
-        has_left = has_out[:, None]
-        has_right = has_column[None, :]
-        acc = tl.zeros((BR, JC), tl.float32)
-    for _ in range(0, count // BT):
-        if SWAP:
-            left = common.load(x + left_at, has_left, MASKED=RAGGED)
-            right = common.load(dy + right_at, has_right, MASKED=RAGGED)
-        else:
-            left = common.load(dy + left_at, has_left, MASKED=RAGGED)
-            right = common.load(x + right_at, has_right, MASKED=RAGGED)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
-        dy += BT * dy_row
-        x += BT * x_row
-    rest = count % BT
-    if rest > 0:  # outside the loop, which then needs no mask over tokens
-        real_left = has_left & (t < rest)[None, :]
-        real_right = has_right & (t < rest)[:, None]
-        if SWAP:
-            left = tl.load(x + left_at, mask=real_left, other=0.0)
-            right = tl.load(dy + right_at, mask=real_right, other=0.0)
-        else:
-            left = tl.load(dy + left_at, mask=real_left, other=0.0)
-            right = tl.load(x + right_at, mask=real_right, other=0.0)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
-
-    if SPLIT > 1:
-        dvalues += tl.program_id(1).to(tl.int64) * nnzb * (R * C)
-    at = block.to(tl.int64) * (R * C) + n % C
-    ours = block < end
-    rows = tl.arange(0, BR)
-    if SWAP:
-        if RAGGED:  # what sticks out is 0, even where an Inf met the 0 that was loaded for it
-            acc = tl.where((column < ins)[:, None] & (out < outs)[None, :], acc, 0.0)
-        place = at[:, None] + rows[None, :] * C
-        kept = ours[:, None] & (rows < R)[None, :]
-    else:
-        if RAGGED:
-            acc = tl.where((out < outs)[:, None] & (column < ins)[None, :], acc, 0.0)
-        place = at[None, :] + rows[:, None] * C
-        kept = ours[None, :] & (rows < R)[:, None]
-    tl.store(dvalues + place, acc.to(dvalues.dtype.element_ty), mask=kept)
 
 
 # Tiles: tokens (dW: inputs), depth of a product, warps, stages; the first of each list is the default for many
@@ -343,7 +172,7 @@ def linear_t(
 def _run_product(name, x, values, index, bias, outs, activation, config):
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"Expected an activation of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
-    _check(x, values, bias)
+    common.check(x, values, bias)
     starts, partner, perm, order = index
     tokens, rows, (nnzb, *block) = x.shape[0], int(order.shape[0]), map(int, values.shape)
     if nnzb == 0 or rows == 0 or _known(tokens) == 0:
@@ -357,7 +186,7 @@ def _run_product(name, x, values, index, bias, outs, activation, config):
         split = config["SPLIT"]
         shape, dtype = ((tokens, outs), x.dtype) if split == 1 else ((split, tokens, outs), torch.float32)
         y = torch.empty(shape, dtype=dtype, device=x.device)
-        common.traceable(_product)[(rows * ((tokens + config["BM"] - 1) // config["BM"]), split)](
+        common.traceable(kernels.product)[(rows * ((tokens + config["BM"] - 1) // config["BM"]), split)](
             x, values, x if bias is None else bias.contiguous(), y,
             starts, partner, partner if perm is None else perm, order,
             tokens, rows, width // constants["X_UNIT"], outs // constants["Y_UNIT"], **constants, **config,
@@ -379,7 +208,7 @@ def sddmm(
     config: dict | None = None,
 ) -> Tensor:  # fmt: skip
     """``dvalues [nnzb, R, C] = dyᵀ x`` at the surviving blocks, exactly 0 where a block sticks out."""
-    _check(dy, x)
+    common.check(dy, x)
     tokens, outs, ins, nnzb, r, c = dy.shape[0], *map(int, (dy.shape[1], x.shape[1], col_indices.shape[0], *block))
     if nnzb == 0 or _known(tokens) == 0:
         return dy.new_zeros(nnzb, r, c)
@@ -391,7 +220,7 @@ def sddmm(
         split = config["SPLIT"]
         shape, dtype = ((nnzb, r, c), x.dtype) if split == 1 else ((split, nnzb, r, c), torch.float32)
         dvalues = torch.empty(shape, dtype=dtype, device=x.device)
-        common.traceable(_sddmm)[(runs.shape[0] * (constants["G"] // config["J"]), split)](
+        common.traceable(kernels.sddmm)[(runs.shape[0] * (constants["G"] // config["J"]), split)](
             dy, x, crow_indices, col_indices, runs, dvalues, tokens, outs, ins, nnzb,
             dy.shape[1] // constants["DY_UNIT"], x.shape[1] // constants["X_UNIT"], **constants, **config,
         )  # fmt: skip
@@ -420,16 +249,6 @@ def linear_backward(
     if need_dbias:
         dbias = dy.sum(0, dtype=torch.float32).to(dy.dtype)
     return dx, dvalues, dbias
-
-
-def _check(*tensors: Tensor | None) -> None:
-    first, *others = [tensor for tensor in tensors if tensor is not None]
-    for other in others:
-        if other.dtype != first.dtype or other.device != first.device:
-            raise ValueError(
-                f"Expected tensors of one dtype and device, got {first.dtype} on {first.device} and "
-                f"{other.dtype} on {other.device}"
-            )
 
 
 def _without_blocks(x: Tensor, shape: tuple[int, int], bias: Tensor | None, activation: str) -> Tensor:
@@ -476,14 +295,15 @@ def offline_cases() -> Iterator[dict]:
                     )
                     name = f"linear{'_t' * transposed} {size}{' few' * (tokens == 16)}{' ragged' * ragged}"
                     for config in configs if tokens > 64 and not ragged else configs[:1]:
-                        yield _case(_product, name, arch, constants, config, element)
+                        yield _case(kernels.product, name, arch, constants, config, element)
                 for width in (4096, 4088):
                     ragged = width % block[0] != 0 or width % block[1] != 0
                     configs = _sddmm_configs(kind, block, 16384, rows, nnzb, nnzb * block[1] // 128, 132)
                     constants = _sddmm_constants(block, width, width, ragged, precision)
                     tiles = {(config["J"], config["BT"]): config for config in reversed(configs)}
                     for config in tiles.values() if width == 4096 else configs[:1] * ragged:
-                        yield _case(_sddmm, f"sddmm {size}{' ragged' * ragged}", arch, constants, config, element)
+                        name = f"sddmm {size}{' ragged' * ragged}"
+                        yield _case(kernels.sddmm, name, arch, constants, config, element)
         constants = {"SPLIT": 8, "HAS_BIAS": True, "ACTIVATION": "gelu"}
         config = {"BLOCK": common._BLOCK, "num_warps": 4, "num_stages": 3}
         yield _case(common._sum, "sum of splits", arch, constants, config, "*bf16")
