@@ -49,7 +49,9 @@ def execute(args: argparse.Namespace) -> int:
 
         changes, alone = compare(*map(read, args.compare))
         if not changes:
-            raise ValueError(f"{args.compare[1]}: Expected cases of {args.compare[0]}, got none of them")
+            raise ValueError(
+                f"{args.compare[1]}: Expected cases of {args.compare[0]} (suite, name and threads), got none of them"
+            )
         print(render(changes, alone))
         return int(any(change.verdict == "worse" for change in changes))
     if args.page:
