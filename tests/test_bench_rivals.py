@@ -140,7 +140,8 @@ def test_buffers_that_rotate_are_more_than_the_cache(monkeypatch):
     )
     made = gpu.clones(far)
     assert made[0] is far and len(made) == 7  # together over three times the cache
-    assert len({clone.x.data_ptr() for clone in made}) == len({clone.dense.weight.data_ptr() for clone in made}) == 7
+    assert len({clone.x.data_ptr() for clone in made}) == len({clone.dy.data_ptr() for clone in made}) == 7
+    assert len({id(problem.sparse_thunk(clone)[0]) for clone in made}) == 1  # the weights are not copied
     seen = []
     thunks = [lambda i=i: seen.append(i) for i in range(3)]
     run = runner.Session("cuda").cold(thunks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -24,16 +23,12 @@ def sets_needed(bytes_per_set: int, l2_bytes: int) -> int:
 
 
 def clones(problem: Problem) -> list[Problem]:
-    """The problem in as many buffers as make each cold on its turn: itself and copies. On a CPU itself alone."""
+    """The problem with as many inputs and gradients as make each cold on its turn; on a CPU itself alone."""
     if not problem.x.is_cuda:
         return [problem]
     size = (problem.x.numel() + problem.dy.numel()) * problem.x.element_size()
     count = sets_needed(size, torch.cuda.get_device_properties(problem.x.device).L2_cache_size)
-    copies = [
-        replace(problem, dense=deepcopy(problem.dense), x=problem.x.clone(), dy=problem.dy.clone())
-        for _ in range(count - 1)
-    ]
-    return [problem, *copies]
+    return [problem, *(replace(problem, x=problem.x.clone(), dy=problem.dy.clone()) for _ in range(count - 1))]
 
 
 def _close(got: Tensor, want: Tensor, most: float = 2e-2) -> None:
@@ -67,7 +62,7 @@ def semi_structured(p: Problem) -> Thunk | str:
         return reason
     half = p.case.torch_dtype if p.case.torch_dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     x = p.x.to(half)
-    run = two_of_four(p.dense.weight.detach().to(half), p.dense.bias.detach().to(half))
+    run = p.once("2:4", lambda: two_of_four(p.dense.weight.detach().to(half), p.dense.bias.detach().to(half)))
     return lambda: (run(x),)
 
 
@@ -109,5 +104,6 @@ def cusparse(p: Problem) -> Thunk | str:
     def lent(tensor: Tensor):
         return cupy.from_dlpack(tensor.detach())
 
-    weight, bias, x = csr_matrix(lent(p.dense.weight)), p.dense.bias.detach(), lent(p.x).T
+    weight = p.once("cuSPARSE", lambda: csr_matrix(lent(p.dense.weight)))
+    bias, x = p.dense.bias.detach(), lent(p.x).T
     return lambda: (torch.from_dlpack(weight @ x).t() + bias,)

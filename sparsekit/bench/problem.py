@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from .layers import LAYERS
 
 __all__ = ["Problem", "Thunk", "dense_thunk", "forward_of_linear", "pose", "sparse_thunk", "verdict"]
 
+T = TypeVar("T")
 Thunk = Callable[[], Sequence[Tensor]]
 """Does the work once; returns what :attr:`Problem.expected` names, in any memory format or float dtype."""
 
@@ -23,7 +25,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2, to
 
 @dataclass
 class Problem:
-    """``dense`` has its pruned weights at 0; ``expected`` are float64: y, dx, dw, or (dx, dw, db) of a step."""
+    """``dense`` has its pruned weights at 0; ``expected`` are float64: y, dx, dw, or (dx, dw, db) of a step.
+
+    Copies of a problem on other buffers share their weights, whatever a rival makes of them: :meth:`once`.
+    """
 
     case: Case
     dense: nn.Module
@@ -31,6 +36,13 @@ class Problem:
     x: Tensor
     dy: Tensor
     expected: tuple[Tensor, ...]
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` returned when a copy of this problem first asked for ``name``."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
 
     @property
     def is_linear(self) -> bool:
@@ -130,7 +142,7 @@ def sparse_thunk(problem: Problem) -> tuple[SparseModule, Thunk]:
     """The sparse layer of a case and its work; an operator alone is asked of the format."""
     case, x, dy = problem.case, problem.x, problem.dy
     kind = SparseLinear if problem.is_linear else SparseConv2d
-    layer = kind.from_dense(problem.dense, problem.mask, case.format)
+    layer = problem.once("sparse", lambda: kind.from_dense(problem.dense, problem.mask, case.format))
     if case.work == "step" or (case.work == "forward" and case.suite != "ops"):
         return layer, _module_thunk(case.work, layer, x, dy)
     layer.derive()

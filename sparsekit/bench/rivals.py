@@ -65,25 +65,29 @@ def _channels_last(p: Problem) -> Thunk | None:
     if p.is_linear:
         return None
     last = {"memory_format": torch.channels_last}
-    return dense_thunk(p, deepcopy(p.dense).to(**last), p.x.contiguous(**last), p.dy.contiguous(**last))
+    module = p.once("channels_last", lambda: deepcopy(p.dense).to(**last))
+    return dense_thunk(p, module, p.x.contiguous(**last), p.dy.contiguous(**last))
 
 
 def _compiled(p: Problem) -> Thunk | str:
     if p.case.work in ("dx", "dw"):
         return "an operator alone has nothing to compile"
-    module = deepcopy(p.dense)
-    module.compile(mode="max-autotune-no-cudagraphs")
-    return dense_thunk(p, module, p.x, p.dy)
+
+    def compiled() -> nn.Module:
+        module = deepcopy(p.dense)
+        module.compile(mode="max-autotune-no-cudagraphs")
+        return module
+
+    return dense_thunk(p, p.once("compiled", compiled), p.x, p.dy)
 
 
 def _bfloat16(p: Problem) -> Thunk | str:
     if p.case.torch_dtype != torch.float32:
         return "the row's own dtype is not float32"
-    module = deepcopy(p.dense).bfloat16()
-    if p.is_linear:
-        return dense_thunk(p, module, p.x.bfloat16(), p.dy.bfloat16())
-    last = {"memory_format": torch.channels_last}
-    return dense_thunk(p, module.to(**last), p.x.bfloat16().contiguous(**last), p.dy.bfloat16().contiguous(**last))
+    last = {} if p.is_linear else {"memory_format": torch.channels_last}
+    module = p.once("bfloat16", lambda: deepcopy(p.dense).to(torch.bfloat16, **last))
+    x, dy = (t.to(torch.bfloat16, **last) for t in (p.x, p.dy))
+    return dense_thunk(p, module, x, dy)
 
 
 def _torch_csr(p: Problem) -> Thunk | str:
@@ -93,7 +97,7 @@ def _torch_csr(p: Problem) -> Thunk | str:
         return "has no bfloat16"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that its CSR support is beta
-        weight = p.dense.weight.detach().to_sparse_csr()
+        weight = p.once("csr", p.dense.weight.detach().to_sparse_csr)
     bias, x = p.dense.bias.detach(), p.x
     return lambda: (torch.sparse.mm(weight, x.t()).t() + bias,)
 
@@ -108,10 +112,10 @@ def _torch_bsr(p: Problem) -> Thunk | str:
         return "takes whole blocks only"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        weight = p.dense.weight.detach().to_sparse_bsr((rows, cols))
+        weight = p.once("bsr", lambda: p.dense.weight.detach().to_sparse_bsr((rows, cols)))
     bias, x = p.dense.bias.detach(), p.x
     if x.is_cuda:
-        product = gpu.tuned_bsr(weight, bias, x)
+        product = p.once("tuned bsr", lambda: gpu.tuned_bsr(weight, bias, x))
         return lambda: (product(x),)
     return lambda: (torch.nn.functional.linear(x, weight) + bias,)
 
