@@ -2,7 +2,7 @@
 # make test    install into .venv, run the test suite
 # make bench   print the layer suite;  make bench-quick  the table of the README, in minutes
 # make asan    the kernel tests under address and undefined-behaviour sanitizers
-# make tsan    threaded kernels under ThreadSanitizer;  make nightly  10000 random layers on every instruction set
+# make tsan    threaded kernels under ThreadSanitizer;  make nightly  10000 random layers on every instruction set, a search killed 20 times
 # make aarch64 cross-compile the CPU kernels, run the innermost in an emulator
 # make fuzz   ten thousand damaged files;  make test-peers  torch's own tests of linear and convolution, on ours
 # make emulate  every CUDA kernel on the CPU once more, for longer than make test does
@@ -97,7 +97,7 @@ asan: $(READY)
 	cd build/asan && ln -sfn ../kernels sparsekit/kernels && \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$PWD $(abspath $(RUN)) -m pytest -q tests/test_csr_ops.py tests/test_bsr_native.py \
-	  tests/test_jit.py tests/test_random_kernels.py -k "not isa and not instruction_set" -p no:cacheprovider
+	  tests/test_jit.py tests/test_conv_code.py tests/test_max_pool.py tests/test_random_kernels.py -k "not isa and not instruction_set" -p no:cacheprovider
 
 tsan: $(READY)
 	rm -rf build/tsan && mkdir -p build/tsan && cp -r sparsekit kernels csrc tests setup.py pyproject.toml build/tsan/
@@ -108,6 +108,7 @@ tsan: $(READY)
 nightly: $(READY)
 	$(RUN) setup.py -q build_ext --inplace
 	$(RUN) tests/random_kernels.py --cases 10000
+	$(RUN) tests/kill_sweep.py --kills 20
 
 aarch64: $(READY)
 	$(RUN) setup.py -q build_ext --inplace
