@@ -17,7 +17,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sparsekit {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"sparsekit {args.command}: interrupted; finished rounds are kept", file=sys.stderr)
+        kept = "; finished rounds are kept" if args.command in ("ticket", "reproduce") else ""
+        print(f"sparsekit {args.command}: interrupted{kept}", file=sys.stderr)
         return 130
 
 
@@ -136,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     transfer.add_argument("--lr", type=float, help="learning rate (default: the recipe's)")
     length = transfer.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, help="length of each training in epochs")
-    length.add_argument("--iterations", type=int, help="length of each training in steps (default: the paper's)")
+    length.add_argument("--iterations", type=int, help="length of each training in steps (default: the run's)")
     transfer.add_argument("--seed", type=int, default=0)
     transfer.add_argument("--seeds", type=int, default=1, help="replicates; the verdict then has intervals")
     transfer.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

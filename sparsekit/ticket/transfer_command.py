@@ -35,6 +35,8 @@ def transfer_run(args: Namespace) -> dict:
     args.model = args.model or config.get("model")
     if args.model is None:
         raise ValueError(f"{args.source}: Expected --model for a run that names none, got neither")
+    if args.iterations is None and args.epochs is None:
+        args.iterations = config.get("iterations")
     runs: dict[str, list[dict]] = {"dense": [], "ticket": [], "random": []}
     for seed in range(args.seed, args.seed + args.seeds):
         data = datasets.load(args.data, args.data_dir, seed=seed).to(args.device)
@@ -49,6 +51,7 @@ def transfer_run(args: Namespace) -> dict:
         for name, model, own in (
             ("dense", fresh, {}), ("ticket", found.model, found.masks), ("random", fresh, found.random(seed)),
         ):  # fmt: skip
+            print(f"seed {seed}: {name}, {training.iterations} steps", flush=True)
             runs[name].append(solo(model, own, data, training, seed))
     verdict = judge(runs["dense"], runs["ticket"], {"random": runs["random"]}, classes=data.classes)
     print(f"{args.source} on {args.data}, {training.optimizer}; newly drawn: {', '.join(found.fresh) or 'nothing'}")
