@@ -1,6 +1,7 @@
-"""Builds the one native library, ``sparsekit/_C.abi3.so``.
+"""Builds the native library, ``sparsekit/_C.abi3.so``, and the small ``sparsekit/_autograd.torch*.so`` beside it.
 
 The library speaks LibTorch's stable ABI: it has no Python symbols and one file serves every torch >= 2.11.
+Autograd nodes are not in that ABI: theirs serves the torch and the Python that it was built with, named in its name.
 Without torch or a compiler the package installs as pure Python.
 
 Environment
@@ -19,6 +20,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -140,6 +142,19 @@ def compile_one(job):
     return False
 
 
+def link_library(library, link, scratch, changed):
+    link = [str(part) for part in link]
+    # One for each library, whatever flags built it last: a sanitized one must not pass for a release.
+    stamp = scratch / f"link-{hashlib.sha256(str(library).encode()).hexdigest()[:8]}.cmd"
+    if changed or not library.exists() or not stamp.exists() or stamp.read_text() != shlex.join(link):
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Replace, never overwrite: a running process may have the old file mapped.
+        part = library.with_suffix(".part")
+        run([*link[:-1], str(part)])
+        os.replace(part, library)
+        stamp.write_text(shlex.join(link))
+
+
 def build_native(library, scratch):
     torch, compiler = find_torch(), find_compiler()
     nvcc = shutil.which("nvcc") if flag("SPARSEKIT_CUDA") != "0" else None
@@ -157,7 +172,7 @@ def build_native(library, scratch):
     jobs = []
     for source in sorted(ROOT.glob("csrc/**/*.cpp")):
         name = source.relative_to(ROOT).as_posix()
-        if name.startswith("csrc/emulate/") or (name.startswith("csrc/cuda/") and not cuda_sources):
+        if name.startswith(("csrc/emulate/", "csrc/torch/")) or (name.startswith("csrc/cuda/") and not cuda_sources):
             continue
         stem = name.removesuffix(".cpp").replace("/", "_")
         if name == ISA_SOURCE:
@@ -177,30 +192,50 @@ def build_native(library, scratch):
     link = [*compiler, "-shared", *sanitize, *(job[0] for job in jobs), f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if cuda_sources:
         link += [*cuda_library_folders(nvcc), "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
-    link = [str(part) for part in [*link, "-o", library]]
-    # One for each library, whatever flags built it last: a sanitized one must not pass for a release.
-    stamp = scratch.parent / f"link-{hashlib.sha256(str(library).encode()).hexdigest()[:8]}.cmd"
-    if changed or not library.exists() or not stamp.exists() or stamp.read_text() != shlex.join(link):
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Replace, never overwrite: a running process may have the old file mapped.
-        part = library.with_suffix(".part")
-        run([*link[:-1], str(part)])
-        os.replace(part, library)
-        stamp.write_text(shlex.join(link))
+    link_library(library, [*link, "-o", library], scratch.parent, changed)
     # Lets Python refuse a stale library before loading it would register outdated schemas.
     write_if_changed(library.with_suffix(".json"), json.dumps({"schemas": digest}) + "\n")
+
+
+def remove_nodes(folder, but=None):
+    for library in folder.glob("_autograd.torch*"):
+        if library != but:
+            library.unlink()
+
+
+def build_nodes(folder, scratch):
+    """The autograd nodes, in C++; call after :func:`build_native`, which writes the header of the schemas."""
+    torch, compiler = find_torch(), find_compiler()
+    version = runpy.run_path(str(torch / "version.py"))["__version__"]
+    library = folder / f"_autograd.torch{version}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    remove_nodes(folder, but=library)
+    includes = [torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_path("include")]
+    command = [*compiler, "-std=c++20", "-fPIC", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    command += [f"-I{ROOT / 'build/generated'}", *(part for path in includes for part in ("-isystem", path))]
+    target = scratch / f"torch{version}" / f"autograd_{sysconfig.get_config_var('SOABI')}.o"
+    changed = compile_one((target, ROOT / "csrc/torch/autograd.cpp", command))
+    link = [*compiler, "-shared", target, f"-L{torch / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"]
+    link_library(library, [*link, "-o", library], scratch, changed)
 
 
 class BuildNative(build_ext):
     def run(self):
         if flag("SPARSEKIT_NATIVE") == "0":
             return self.skip("SPARSEKIT_NATIVE=0")
+        library, scratch = Path(self.get_ext_fullpath("sparsekit._C")).absolute(), ROOT / "build/native"
         try:
-            build_native(Path(self.get_ext_fullpath("sparsekit._C")).absolute(), ROOT / "build/native")
+            build_native(library, scratch)
         except CannotBuild as reason:
             if flag("SPARSEKIT_NATIVE") == "1":
                 raise SystemExit(f"sparsekit: the native library could not be built: {reason}") from None
-            self.skip(str(reason))
+            return self.skip(str(reason))
+        try:
+            build_nodes(library.parent, scratch)
+        except CannotBuild as reason:
+            remove_nodes(library.parent)  # one of an older source may not fit this one's calls
+            if flag("SPARSEKIT_NATIVE") == "1":
+                raise SystemExit(f"sparsekit: the autograd nodes could not be built: {reason}") from None
+            print(f"sparsekit: installing without autograd nodes in C++, training is slower: {reason}", flush=True)
 
     def skip(self, reason):
         print(f"sparsekit: installing without native kernels: {reason}", flush=True)
@@ -208,6 +243,7 @@ class BuildNative(build_ext):
             library = Path(self.get_ext_fullpath("sparsekit._C"))
             library.unlink(missing_ok=True)
             library.with_suffix(".json").unlink(missing_ok=True)
+            remove_nodes(library.parent)
         self.extensions = []
 
 

@@ -1,7 +1,8 @@
 """Differentiation, once for all formats: the backward of each verb is made of the other verbs.
 
 A gradient of a gradient (``create_graph=True``) is rare, so it goes through the dense weight, whose
-operations torch can differentiate any number of times.
+operations torch can differentiate any number of times. Where the nodes in C++ are there and nothing watches or
+transforms, they do the same for csr and for :class:`Guard`, to the bit.
 """
 
 from __future__ import annotations
@@ -9,10 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _nodes
 from .format import Format
 from .kernels.reference import zero_pruned_
 
-__all__ = ["Conv2dFunction", "Guard", "LinearFunction", "guard", "masked"]
+__all__ = ["Conv2dFunction", "Guard", "LinearFunction", "guard", "in_cxx", "masked"]
+
+_cxx = _nodes.load()
+
+
+def in_cxx(x, values, bias, index, shape, fmt: Format, conv, activation: str) -> Tensor:
+    """What ``sparse_linear`` (``conv`` None) or ``sparse_conv2d`` returns; NotImplemented: it must go on in Python."""
+    if torch.compiler.is_compiling() or _cxx is None or fmt.name != "csr":
+        return NotImplemented
+    return _cxx.csr(x, values, bias, index, shape, conv, activation)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -110,7 +121,12 @@ _transforming = torch._C._are_functorch_transforms_active
 
 
 def _mask_gradient(grad: Tensor, mask: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _transforming():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _cxx is not None:
+        done = _cxx.mask_gradient(grad, mask)
+        if done is not NotImplemented:
+            return done
+    if compiling or torch.is_grad_enabled() or _transforming():
         return torch.where(mask, grad, grad.new_zeros(()))
     return zero_pruned_(grad if grad._use_count() <= _NOBODY_ELSE else grad.clone(), mask)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .autograd import Conv2dFunction, LinearFunction, masked
+from .autograd import Conv2dFunction, LinearFunction, in_cxx, masked
 from .format import Conv, Format, Index
 from .kernels.reference import activate
 
@@ -43,9 +43,12 @@ def sparse_linear(
     none, relu, gelu or silu: part of the product where the format's kernels fuse it and no gradient is due.
     Returns: ``[..., out]``. Raises: ValueError when the last dimension of x is not ``in``.
     """
+    transform = transformed()
+    if not transform and (y := in_cxx(x, values, bias, index, shape, fmt, None, activation)) is not NotImplemented:
+        return y
     check_linear(x, shape)
     size = x.shape
-    if transformed():
+    if transform:
         return activate(F.linear(x, _weight(values, index, shape, fmt), bias), activation)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch raises on meta
         x, values, bias = _autocast(x, values, bias)
@@ -54,6 +57,7 @@ def sparse_linear(
             y = sparse_linear(x.values(), values, index, shape, fmt, bias, activation)
             return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), x._ragged_idx)
         x = x.reshape(prod(size[:-1]), shape[1])  # -1 is ambiguous when a layer has no inputs
+        return sparse_linear(x, values, index, shape, fmt, bias, activation).view(*size[:-1], shape[0])
     if torch.is_grad_enabled() and _differentiable(x, values, bias):
         if fmt.masked and not fmt.fused(x, shape):
             y = F.linear(x, masked(values, index[0]), bias)
@@ -63,9 +67,7 @@ def sparse_linear(
         y, activation = fmt.linear(x, values, bias, index, shape, activation), "none"
     else:
         y = fmt.linear(x, values, bias, index, shape)
-    if activation != "none":
-        y = activate(y, activation)
-    return y if len(size) == 2 else y.view(*size[:-1], shape[0])
+    return y if activation == "none" else activate(y, activation)
 
 
 def sparse_conv2d(
@@ -84,8 +86,11 @@ def sparse_conv2d(
     :func:`sparse_linear`. Returns: ``[N, out, OH, OW]``.
     Raises: ValueError when the channels do not fit or the kernel is larger than the padded image.
     """
+    transform = transformed()
+    if not transform and (y := in_cxx(x, values, bias, index, shape, fmt, conv, activation)) is not NotImplemented:
+        return y
     check_conv2d(x, shape, conv)
-    if transformed():
+    if transform:
         return activate(F.conv2d(x, _weight(values, index, shape, fmt), bias, *conv), activation)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch raises on meta
         x, values, bias = _autocast(x, values, bias)

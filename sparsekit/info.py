@@ -21,7 +21,7 @@ _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+).*;.*\bextra\s*==\s*['\"]([^'\"]+)[
 
 def collect() -> dict[str, Any]:
     """Every fact of the report, JSON-ready; nothing is measured and nothing is written."""
-    from . import _native, format
+    from . import _native, _nodes, format
 
     return {
         "sparsekit": __version__,
@@ -35,6 +35,7 @@ def collect() -> dict[str, Any]:
         },
         "packages": {name: _version(name) for name in ("numpy", "safetensors", "triton")},
         "native": _native.status(),
+        "autograd_nodes": _nodes.status(),
         "formats": list(format.names()),
         "cpu": device.cpu(),
         "gpus": device.gpus(),
@@ -53,6 +54,7 @@ def render(facts: dict[str, Any]) -> str:
         ("torch", _torch(facts["torch"])),
         *((name, _package(name, version)) for name, version in facts["packages"].items()),
         ("native library", _native_line(facts["native"])),
+        ("autograd nodes", _nodes_line(facts["autograd_nodes"])),
         ("formats", ", ".join(facts["formats"])),
         ("cpu", _cpu(facts["cpu"], facts["device_key"])),
         *_gpus(facts["gpus"], facts["torch"]["cuda"]),
@@ -123,6 +125,10 @@ def _native_line(native: dict[str, Any]) -> str:
         for key, value in (native.get("build") or {}).items()
     }
     return ", ".join([native["path"], *(f"{key} {value}" for key, value in build.items())])
+
+
+def _nodes_line(nodes: dict[str, Any]) -> str:
+    return nodes["path"] if nodes["loaded"] else f"Python's, slower on small layers: {nodes['reason']}"
 
 
 def _cpu(cpu: dict[str, Any], key: str) -> str:
