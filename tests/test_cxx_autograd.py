@@ -209,6 +209,7 @@ def test_a_gradient_that_others_hold_is_copied():
 
 def test_the_wrong_file_is_never_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(_nodes, "_FOLDER", tmp_path)
+    monkeypatch.delenv("SPARSEKIT_CXX_AUTOGRAD", raising=False)
     if not _native.load():
         assert "native library" in _nodes._try_load()[1]
         return
