@@ -115,4 +115,4 @@ aarch64: $(READY)
 	$(RUN) tests/aarch64.py
 
 clean:
-	rm -rf build .venv sparsekit/_C.abi3.so sparsekit/_C.abi3.json
+	rm -rf build .venv sparsekit/_C.abi3.so sparsekit/_C.abi3.json sparsekit/_autograd.torch*

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from . import _native, device
+from . import _native, _nodes, device
 from . import format as formats
 from ._version import __version__
 from .clock import race
@@ -77,7 +77,7 @@ def cache_key(where: torch.device, *parts: object) -> str:
     versions = (torch.__version__, __version__, build.get("version"), build.get("schemas"), _native.stamp())
     if where.type == "cpu":
         versions += (torch.backends.cpu.get_cpu_capability(), build.get("active_isa"), build.get("machine_code"))
-        versions += (torch.get_num_threads(),)
+        versions += (torch.get_num_threads(), _nodes.status()["loaded"])
     else:
         versions += (tuning.triton_version(),)
     return "|".join(map(str, (device.describe(where), *versions, *parts)))
