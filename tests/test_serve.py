@@ -276,6 +276,8 @@ def test_a_compiled_file_serves_in_cpp(package, tmp_path):
     got = torch.from_numpy(np.frombuffer(done.stdout, np.float32).copy()).view(6, 5)
     torch.testing.assert_close(got, model(X).detach(), rtol=1e-5, atol=1e-5)
     assert done.stderr.decode().endswith(" us\n")
+    one = subprocess.run([*run, "1x2x8x8"], input=X[:1].numpy().tobytes(), capture_output=True, check=True)
+    assert np.allclose(np.frombuffer(one.stdout, np.float32), got[0], 1e-5, 1e-5)
     for arguments, why in (
         (run[:2], "Expected LIBRARY PACKAGE SHAPE"),
         ([*run, "6x2x8x9"], "Expected 864 numbers on stdin, got fewer"),

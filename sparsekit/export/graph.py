@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils._pytree import tree_map_only
 
 from ..files import PARTIAL
@@ -49,7 +50,12 @@ def save_aoti(model: nn.Module, example_inputs: Any, path: str | Path) -> Path:
     The package holds machine code for the processor and torch version it was made with; it opens in
     milliseconds. Raises as :func:`save_pt2`, and RuntimeError where the compiler fails.
     """
-    program = exported(model, example_inputs)
+    # Sizes that are known are treated as if they were not, or the code's own checks would refuse a batch of one.
+    with symbolic_shapes.patch(backed_size_oblivious=True):
+        return _compiled(exported(model, example_inputs), path)
+
+
+def _compiled(program: torch.export.ExportedProgram, path: str | Path) -> Path:
     # Compiled code trusts its inputs; serve.load reads this and checks them.
     config = {"aot_inductor.metadata": {"inputs": json.dumps([_facts(x) for x in program.example_inputs[0]])}}
     with beside(path, ".pt2") as temporary, warnings.catch_warnings():
