@@ -1,9 +1,10 @@
 """The README's tables, text and figures, from result files only.
 
-    python benchmarks/readme.py RESULT.json --threads 2 --tickets LENET-T2.json LENET-T1.json
+    python benchmarks/readme.py RESULT.json --threads 2 --models MODELS.json --tickets LENET-T2.json LENET-T1.json
 
 RESULT.json is what ``sparsekit bench hero --threads 2 --json RESULT.json`` wrote. Rewrites the parts of README.md
-between the markers ``table``, ``losses`` and ``lenet`` where they are, benchmarks/results/crossover.svg and lenet.png.
+between the markers ``table``, ``losses``, ``models`` and ``lenet`` where they are, and crossover.svg and lenet.png in
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ SHOWN = (
     ("conv3x3-128-28-b16", "Conv 3×3, 128 → 128, 28×28, batch 16"),
     ("conv3x3-64-32-b64", "Conv 3×3, 64 → 64, 32×32, batch 64"),
     ("conv1x1-256-28-b1", "Conv 1×1, 256 → 256, 28×28, batch 1"),
+)
+NETWORKS = (
+    ("lenet-300-100-b60", "LeNet-300-100, batch 60"),
+    ("vgg16-b16", "VGG-16 for CIFAR-10, batch 16"),
+    ("resnet18-b1", "ResNet-18 at 224², batch 1"),
 )
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 
@@ -60,6 +66,23 @@ def losses(results: dict, threads: int) -> str:
         cells = f"{row['p50_us']:.1f} | {row['dense_us']:.1f} | {row['ratio']:.2f}"
         lines.append(f"| {row.get('suite', '')} {row['name']} | {cells} |")
     return "\n".join(lines) if lost else "In none of the rows."
+
+
+def models(results: dict) -> str:
+    """Markdown: whole networks at 90 %, in the rows' natural order and regrouped."""
+    rows = {row["name"]: row for row in results["rows"] if row["density"] == 0.1}
+    lines = ["| whole network at 90 %, forward / training step | as pruned | regrouped |", "|---|---|---|"]
+    for key, label in NETWORKS:
+        cells = []
+        for order in ("", "-regrouped"):
+            pair = [rows.get(f"{key}{order}-d0.1-{work}") for work in ("forward", "step")]
+            cells.append(" / ".join("–" if row is None else f"{row['ratio']:.1f}" for row in pair))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines.append(
+        "\nOne thread, weights as initialised, pruned by magnitude over the whole network, against its best dense form, "
+        f"commit {results['environment']['commit']}."
+    )
+    return "\n".join(lines)
 
 
 def lenet(runs: list[dict]) -> str:
@@ -118,11 +141,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", type=Path, help="results of sparsekit bench models")
     parser.add_argument("--tickets", type=Path, nargs="+", default=[], help="results of sparsekit bench tickets")
     args = parser.parse_args()
     results = read(args.results)
     parts = {"table": table(results, args.threads), "losses": losses(results, args.threads)}
     runs = [json.loads(path.read_text()) for path in args.tickets]
+    if args.models:
+        parts["models"] = models(read(args.models))
     if runs:
         parts["lenet"] = lenet(runs)
         figure(runs[0], ROOT / "benchmarks/results/lenet.png")

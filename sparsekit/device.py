@@ -31,7 +31,7 @@ def cpu() -> dict[str, Any]:
     ``cores`` counts the logical ones this process may use, ``isa`` lists instruction sets, ``caches``
     maps level to size as the kernel prints it (``{"L1d": "48K"}``). What cannot be found out is empty.
     """
-    model, isa = _cpu_identity()
+    model, isa, _ = _cpu_identity()
     arch = platform.machine()
     return {"model": model, "arch": arch, "cores": _cores(), "isa": list(isa), "caches": _caches()}
 
@@ -47,8 +47,10 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def describe(device: torch.device | str | int | None = None) -> str:
-    """A short stable key of a device for caches and results: ``"cpu-avx512-AMD-EPYC-2c"``, ``"NVIDIA-H200"``.
+    """A short stable key of a device for caches and results: ``"cpu-avx512-AMD-EPYC-f25m17-2c"``, ``"NVIDIA-H200"``.
 
+    An x86 key has the family and model of the processor (f25m17 is a Zen 4): under a hypervisor the name alone does
+    not tell one generation from the next, and times of one mislead on the other.
     Raises RuntimeError for a CUDA device where torch has none.
     """
     device = torch.device("cpu" if device is None else device)
@@ -58,9 +60,9 @@ def describe(device: torch.device | str | int | None = None) -> str:
         return _slug(torch.cuda.get_device_name(device))
     if device.type != "cpu":
         return device.type
-    model, isa = _cpu_identity()
+    model, isa, generation = _cpu_identity()
     tier = next((tier for flag, tier in _TIERS.items() if flag in isa), platform.machine().lower())
-    return f"cpu-{tier}-{_slug(model)}-{_cores()}c"
+    return "-".join(filter(None, ("cpu", tier, _slug(model), generation, f"{_cores()}c")))
 
 
 def compilers() -> dict[str, dict[str, str] | None]:
@@ -85,7 +87,8 @@ def cache_dir() -> Path:
 
 
 @functools.cache
-def _cpu_identity() -> tuple[str, tuple[str, ...]]:
+def _cpu_identity() -> tuple[str, tuple[str, ...], str]:
+    """The model's name, its instruction sets, and on x86 its generation, ``"f25m17"``; else ``""``."""
     fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -97,7 +100,8 @@ def _cpu_identity() -> tuple[str, tuple[str, ...]]:
     if not flags and platform.machine().lower() in ("arm64", "aarch64"):
         flags = {"asimd"}  # part of the architecture
     model = fields.get("model name") or platform.processor() or platform.machine() or "unknown"
-    return model, tuple(flag for flag in _ISA if flag in flags)
+    generation = "f{cpu family}m{model}".format_map(fields) if {"cpu family", "model"} <= fields.keys() else ""
+    return model, tuple(flag for flag in _ISA if flag in flags), generation
 
 
 def _cores() -> int:

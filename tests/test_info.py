@@ -31,6 +31,17 @@ def test_describe_is_a_stable_file_name():
     assert device.describe("meta") == "meta"
 
 
+def test_generations_of_one_name_have_keys_of_their_own(monkeypatch):
+    text = "vendor_id : AuthenticAMD\ncpu family : {}\nmodel : {}\nmodel name : AMD EPYC\nflags : fpu avx2 avx512f\n"
+    keys = []
+    for family, model in ((25, 17), (26, 2)):
+        monkeypatch.setattr(device.Path, "read_text", lambda self, f=family, m=model: text.format(f, m))
+        device._cpu_identity.cache_clear()
+        keys.append(device.describe("cpu"))
+    device._cpu_identity.cache_clear()
+    assert [key.rsplit("-", 1)[0] for key in keys] == ["cpu-avx512-AMD-EPYC-f25m17", "cpu-avx512-AMD-EPYC-f26m2"]
+
+
 @pytest.mark.parametrize(
     ("name", "slug"),
     [
