@@ -79,7 +79,7 @@ def models(results: dict) -> str:
             cells.append(" / ".join("–" if row is None else f"{row['ratio']:.1f}" for row in pair))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.append(
-        "\nOne thread, weights as initialised, pruned by magnitude over the whole network, against its best dense form, "
+        "\nOne thread, initial weights, pruned by magnitude over the whole network, against its best dense form, "
         f"commit {results['environment']['commit']}."
     )
     return "\n".join(lines)
