@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .mask import weight_of
-from .prune import crossing, why_not
+from .prune import check_model, crossing, why_not
 
 __all__ = ["Explanation", "LayerPlan", "ModelPlan", "explain"]
 
@@ -219,6 +219,7 @@ def _summary(totals: Mapping) -> list[str]:
 
 def explain(model: nn.Module) -> Explanation:
     """How each linear and convolution layer of ``model`` runs, in how many us, why not otherwise, and the totals."""
+    check_model(model)
     found, cross = [], crossing(model)
     for name, module in model.named_modules():
         if hasattr(module, "survivors"):

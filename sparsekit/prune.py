@@ -21,9 +21,16 @@ from .mask import Masks, check_masks, is_transposed, leaf_name, pruned_by_torch,
 from .pattern import Pattern
 from .select import pools, select, shares, spread
 
-__all__ = ["CRITERIA", "Layer", "criterion", "prunable", "prune", "prune_step", "refill", "why_not"]
+__all__ = ["CRITERIA", "Layer", "check_model", "criterion", "prunable", "prune", "prune_step", "refill", "why_not"]
 
 Scope = str | Sequence[str | Iterable[str]]
+
+
+def check_model(model: object) -> None:
+    """Raises TypeError for what is no module: a state dict, or a class that nobody called."""
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"Expected a model (a torch.nn.Module), got {got}")
 
 
 def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Module]:
@@ -35,6 +42,7 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Modu
     output alone where it is :func:`crossing`) and sparsekit's own count; subclasses and reparametrised layers do
     not, because their forward is unknown (:func:`why_not`). A module reached by two names counts once.
     """
+    check_model(model)
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     cross = crossing(model)
     found, used, left = {}, set(), {attention.in_proj for attention in cross if hasattr(attention, "in_proj")}
@@ -239,7 +247,6 @@ def _prune(layers, alive, given, pattern, criterion, scope, to_keep, steps, leas
     def turned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights as patterns mean them, [out, in], and back."""
         return {name: t.t().contiguous() if name in transposed else t for name, t in tensors.items()}
-
 
     if scope in ("er", "erk"):
         counts = spread(scope, alive, to_keep(list(layers), rates[0]))

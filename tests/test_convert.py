@@ -417,3 +417,24 @@ def test_times_of_one_block_do_not_serve_for_another(monkeypatch):
     for pattern in ("block:16x16", "block:8x1", "block:16x16"):
         sk.convert(model, sk.prune(model, 0.75, pattern=pattern))
     assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: sk.prune(model, 0.5),
+        lambda model: sk.convert(model, {}),
+        lambda model: sk.compact(model, {}),
+        lambda model: sk.fuse(model),
+        lambda model: sk.to_dense(model),
+        lambda model: sk.masks_of(model),
+        lambda model: sk.explain(model),
+        lambda model: sk.save(model, "unwritten.safetensors"),
+        lambda model: sk.instability(model, None, None),
+        lambda model: sk.tickets(model),
+    ],
+)
+@pytest.mark.parametrize(("model", "got"), [(Net().state_dict(), "OrderedDict"), (Net, "the class Net")])
+def test_what_is_no_model_is_named(use, model, got):
+    with pytest.raises(TypeError, match=rf"Expected a model \(a torch.nn.Module\), got {got}"):
+        use(model)

@@ -13,6 +13,7 @@ from .. import format as formats
 from ..files import pack_state, read_tensors, unpack_state, weights_of, write_tensors
 from ..mask import Masks
 from ..nn import SparseModule, convert, dense_state, masks_of, to_dense
+from ..prune import check_model
 from .dense import from_prune
 
 __all__ = ["load", "read_portable", "save", "save_state"]
@@ -26,6 +27,7 @@ def save(model: nn.Module, path: str | Path, recipe: dict[str, Any] | None = Non
     ``recipe`` is any JSON value kept in the header, beside each weight's shape, pattern and format. The
     values belong to no format and no device; the file is written whole or not at all. Returns the path.
     """
+    check_model(model)
     ran = {
         f"{name}.weight" if name else "weight": module.format.name
         for name, module in model.named_modules(remove_duplicate=False)

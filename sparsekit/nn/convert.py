@@ -19,7 +19,7 @@ from ..explanation import formats_of
 from ..kernels import tuning
 from ..mask import Masks, bias_name, check_masks, density, is_transposed, leaf_name, mask_of, weight_name, weight_of
 from ..plan import LayerPlan, ModelPlan
-from ..prune import prunable, why_not
+from ..prune import check_model, prunable, why_not
 from .attention import (
     SparseMultiheadAttention,
     TransposedLinear,
@@ -150,6 +150,7 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     Returns a deep copy unless ``inplace``. The model no longer keeps its pruned weights pruned.
     """
+    check_model(model)
     if not inplace:
         model = _deepcopy(model)
     swaps = {}
@@ -176,6 +177,7 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
 
 def masks_of(model: nn.Module) -> Masks:
     """The masks of all sparse layers of a converted model, ``{"0.weight": bool tensor}``."""
+    check_model(model)
     masks = {
         weight_name(name, module): module.survivors()
         for name, module in model.named_modules()

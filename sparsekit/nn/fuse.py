@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
+from ..prune import check_model
 from .base import SparseModule
 from .bordered import BorderedConv2d
 from .chain import Done, link
@@ -66,6 +67,7 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     Returns a deep copy unless ``inplace``. Fuse before an optimizer is made: a layer may change its format.
     """
+    check_model(model)
     if not inplace:
         model = copy.deepcopy(model)
     try:

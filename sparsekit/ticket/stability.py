@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..data import Dataset
 from ..nn import convert
+from ..prune import check_model
 from .rewind import Snapshot, get_rng, set_rng
 from .train import Training, evaluate, fit
 from .workers import each
@@ -86,6 +87,7 @@ def instability(
 
     Raises: ValueError on fewer than two children or points.
     """
+    check_model(model)
     for name, count in (("children", children), ("alphas", alphas)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 2:
             raise ValueError(f"Expected {name} as a whole number of at least 2, got {count!r}")
