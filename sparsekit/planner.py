@@ -28,12 +28,14 @@ from .export.packed import read_portable
 from .files import read_json
 from .mask import mask_of
 from .nn import convert
+from .nn.exported import quiet
 from .prune import prunable, prune
 from .ticket.store import finished_rounds, round_path
 
 __all__ = ["plan"]
 
 _FACTORY = re.compile(r"[\w.]+:\w+")
+_DRAWN = (".png", ".svg", ".pdf")
 
 
 def plan(args: Namespace) -> Explanation:
@@ -45,6 +47,8 @@ def plan(args: Namespace) -> Explanation:
     for path in filter(None, (args.json, args.markdown, args.chart)):
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path}: Expected a file in an existing folder, got {path.parent}")
+    if args.chart and args.chart.suffix.lower() not in _DRAWN:
+        raise ValueError(f"{args.chart}: Expected a chart ending in {', '.join(_DRAWN)}")
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"Expected --threads of at least 1, got {args.threads}")
@@ -73,9 +77,20 @@ def _plan(args: Namespace, shape: tuple[int, ...]) -> Explanation:
     if all(bool(mask.all()) for mask in masks.values()):
         raise ValueError(f"{args.source}: Expected a pruned model, or --sparsity, got one without a pruned weight")
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(args.device, _dtype(model))
+    _try(args.source, model.to(args.device), x)
     how = {"inplace": not args.regroup, "plan_seconds": args.plan_seconds, "regroup": args.regroup}
-    fast = convert(model.to(args.device), masks, x, args.training, **how)
+    fast = convert(model, masks, x, args.training, **how)
     return explain(fast)
+
+
+def _try(source: str, model: nn.Module, x: Tensor) -> None:
+    """One pass, so that an input the model does not take is one sentence."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model(x)
+    except Exception as error:  # whatever its layers raise
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{source}: Expected a model that takes {'x'.join(map(str, x.shape))}, got: {said}") from error
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -140,7 +155,7 @@ def _of_factory(source: str) -> nn.Module:
 
 
 def _of_program(path: Path) -> nn.Module:
-    with _no_pickle():
+    with _no_pickle(), quiet():
         try:
             graph = torch.export.load(path).module(check_guards=False)
         except Exception as error:  # torch raises whatever its readers raise on a torn file

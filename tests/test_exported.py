@@ -88,11 +88,12 @@ def test_export_finds_the_units_that_fx_finds(monkeypatch):
                 assert fixed == [int(c) in theirs.reasons for c in theirs.classes[others]], layer.name
 
 
-def test_what_nobody_sees_is_said_and_converted_layer_by_layer():
+def test_what_nobody_sees_is_said_and_converted_layer_by_layer(capfd):
     model, masks, x = pruned(Data)
     with pytest.warns(UserWarning, match="torch.fx cannot trace Data .*, nor can torch.export .*; convert still cuts"):
         cut = sk.compact(model, masks, x)
     assert cut.layers == () and "nor can torch.export" in str(cut)
+    assert not capfd.readouterr().err  # torch would print its graph
     fast = sk.convert(model.eval(), masks, x, impl={"conv1": "compact"})
     close(fast(x), cut.original.eval()(x))
 

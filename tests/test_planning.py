@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,12 @@ def test_without_a_second_everything_stays_dense_and_says_so(csr_wins):
         assert "not measured, predicted" in layer.rejected["csr"]
     assert found.to_dict()["totals"]["unmeasured"] == 4
     assert "whole model not timed: that takes about" in str(found) and "4 not measured" in str(found)
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), "10"])
+def test_seconds_are_a_number(seconds):
+    with pytest.raises(ValueError, match="Expected plan_seconds as a number of at least 0, got"):
+        sk.convert(model := net(), half(model), plan_seconds=seconds)
 
 
 def test_what_promises_most_is_measured_first(monkeypatch):
@@ -340,10 +347,14 @@ def test_plan_of_a_run_from_python(here, tmp_path, capsys):
         (["test_planning:net", "--input", "4x64"], "Expected a pruned model, or --sparsity"),
         (["test_planning:net", "--input", "4x64", "--threads", "0"], "Expected --threads of at least 1, got 0"),
         (["test_planning:net", "--input", "4x64", "--json", "no/such/f"], "Expected a file in an existing folder"),
+        (["test_planning:net", "--input", "4x64", "--chart", "plan.xyz"], "Expected a chart ending in .png, .svg"),
+        (["test_planning:net", "--input", "4x65", "--sparsity", "0.5"], "net: Expected a model that takes 4x65, got: "),
+        (["torn.pt2", "--input", "1x2"], "torn.pt2: Expected a file of torch.export.save, got another"),
     ],
 )
 def test_plans_of_nothing_are_one_sentence(here, tmp_path, monkeypatch, capsys, argv, why):
     monkeypatch.chdir(tmp_path)
+    Path("torn.pt2").write_text("no archive\r\n")
     assert main(["plan", *argv]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("sparsekit plan: ") and why in printed.err and printed.err.count("\n") == 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +14,23 @@ from torch import fx, nn
 
 from .operations import is_layer, is_norm
 
-__all__ = ["exported"]
+__all__ = ["exported", "quiet"]
 
 _aten = torch.ops.aten
 _PACKETS = {_aten.linear: nn.Linear, _aten.conv2d: nn.Conv2d, _aten.batch_norm: nn.modules.batchnorm._BatchNorm}
 _COUNTER = "num_batches_tracked"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's own account of what goes wrong, which the caller says in a sentence: logs, traces, graphs."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def exported(model: nn.Module, inputs: Any) -> tuple[fx.Graph, dict[fx.Node, Any]]:
@@ -26,8 +41,7 @@ def exported(model: nn.Module, inputs: Any) -> tuple[fx.Graph, dict[fx.Node, Any
     """
     keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
     places = () if keywords else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quiet(), torch.no_grad():
         program = torch.export.export(model, places, keywords, strict=False)
         source = program.module(check_guards=False).graph
     graph, got, env = fx.Graph(), {}, {}

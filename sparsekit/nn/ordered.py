@@ -49,8 +49,9 @@ def convert(
             earlier measurements are taken from the disk cache; what is left unmeasured stays dense and says so.
         regroup: also plan the network with its rows in another order (:func:`sparsekit.regroup`: the same function,
             similar rows side by side), and take it where the whole measures faster; :func:`sparsekit.explain` says
-            by how much, or why not. :func:`to_dense`, masks and saved files keep the original order; the state dict
-            of a regrouped model (it holds ``regrouped``) loads into a model of the same order alone.
+            by how much, or why not. Each of the two orders has ``plan_seconds``. :func:`to_dense`, masks and saved
+            files keep the original order; the state dict of a regrouped model (it holds ``regrouped``) loads into a
+            model of the same order alone.
         graph: capture the converted model's inference on ``example_inputs`` as a CUDA graph, for these shapes only.
 
     Returns: the model with sparse layers; :func:`sparsekit.explain` says what was chosen and why.

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class Budget:
     """The seconds that planning may take, counted from now."""
 
     def __init__(self, seconds: float) -> None:
+        if not isinstance(seconds, Real) or not seconds >= 0:
+            raise ValueError(f"Expected plan_seconds as a number of at least 0, got {seconds!r}")
         self.seconds, self._start = seconds, time.perf_counter()
 
     @property
