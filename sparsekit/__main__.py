@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from ._version import __version__
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Wrong input is one sentence on stderr and code 2."""
@@ -24,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparsekit", description="Sparse kernels and winning tickets for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"sparsekit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     info = commands.add_parser("info", help="what is installed and how to get what is missing; or what FILE holds")
@@ -81,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--start", type=Path, metavar="FILE", help="first weights of a safetensors file: a network trained before"
     )
     ticket.add_argument("--impl", default="auto", help="force one format: dense, compact or csr")
-    ticket.add_argument("--seed", type=int, default=0)
+    ticket.add_argument("--seed", type=_seed, default=0)
     ticket.add_argument(
         "--seeds", type=int, default=1, help="replicates, each in OUT/seed_N; the verdict then has intervals"
     )
@@ -120,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     stability.add_argument("--children", type=int, default=2, help="trainings from each step, compared by pairs")
     stability.add_argument("--alphas", type=int, default=30, help="points on each line")
     stability.add_argument("--workers", type=int, default=1, help="children trained at a time, one thread each")
-    stability.add_argument("--seed", type=int, default=0)
+    stability.add_argument("--seed", type=_seed, default=0)
     stability.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     stability.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     stability.add_argument("--json", type=Path, help="also write the curves to this file")
@@ -138,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     length = transfer.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, help="length of each training in epochs")
     length.add_argument("--iterations", type=int, help="length of each training in steps (default: the run's)")
-    transfer.add_argument("--seed", type=int, default=0)
+    transfer.add_argument("--seed", type=_seed, default=0)
     transfer.add_argument("--seeds", type=int, default=1, help="replicates; the verdict then has intervals")
     transfer.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     transfer.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -190,6 +193,12 @@ def _shape(text: str) -> tuple[int, ...]:
         return tuple(int(extent) for extent in text.split("x"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"Expected a shape such as 3x32x32, got {text!r}") from None
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"Expected a seed between 0 and {2**32 - 1}, got {text!r}")
+    return int(text)
 
 
 def _info(args: argparse.Namespace) -> None:

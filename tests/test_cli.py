@@ -57,6 +57,19 @@ def test_usage_errors_are_code_2(argv, capsys):
     assert stopped.value.code == 2 and "usage: sparsekit" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "one"])
+def test_seeds_are_those_of_every_generator(seed, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        search(tmp_path / "run", "--seed", seed)
+    assert f"Expected a seed between 0 and 4294967295, got '{seed}'" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"sparsekit {sk.__version__}\n"
+
+
 def test_info(capsys):
     assert main(["info"]) == 0
     assert torch.__version__ in capsys.readouterr().out
