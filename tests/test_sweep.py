@@ -76,7 +76,10 @@ def test_seeds_and_controls_in_one_training(tmp_path, capsys):
     options = ["--seeds", "2", "--control", "reinit,random", "--seed", "3"]
     search(tmp_path / "apart", *options, "--impl", "csr")
     search(tmp_path / "together", *options, "--impl", "csr", "--together")
-    assert "2 searches" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 searches" in printed
+    for how in ("apart", "together"):
+        assert all(f"{tmp_path / how / seed}:\n" in printed for seed in ("seed_3", "seed_4"))
     for seed in ("seed_3", "seed_4"):
         apart, together = (read_json(tmp_path / how / seed / "summary.json")["rounds"] for how in ("apart", "together"))
         for one, wide in zip(apart, together, strict=True):

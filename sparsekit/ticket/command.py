@@ -122,8 +122,14 @@ def _search(job: Job) -> dict:
     for round_ in run:
         with _bar(training.iterations, f"round {round_.number} ({100 * round_.density:.1f} % left)") as bar:
             train_round(round_, data, training, lambda done, bar=bar: bar.update(done - bar.n), controls, build, seed)
-    print(ledger_table(run.summary))
+    _show(run, job)
     return run.summary
+
+
+def _show(run: TicketSearch, job: Job) -> None:
+    """The ledger, below its folder where it is one of several."""
+    args, _, out = job
+    print("\n".join([*([] if out == Path(args.out) else [f"{out}:"]), ledger_table(run.summary)]))
 
 
 def _together(jobs: Sequence[Job]) -> list[dict]:
@@ -142,8 +148,8 @@ def _together(jobs: Sequence[Job]) -> list[dict]:
         data, trainings, fresh = zip(*(material[i] for i, _ in opened), strict=True)
         seeds = [jobs[i][1] for i, _ in opened]
         train_rounds_together(rounds, data, trainings[0], _controls(jobs[0][0]), fresh, seeds)
-    for run in runs:
-        print(ledger_table(run.summary))
+    for run, job in zip(runs, jobs, strict=True):
+        _show(run, job)
     return [run.summary for run in runs]
 
 
