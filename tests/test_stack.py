@@ -108,7 +108,9 @@ def dataset():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_fit_together_is_fit(shared):
+@pytest.mark.parametrize("room", [150_000, 3000])
+def test_fit_together_is_fit(shared, room, monkeypatch):
+    monkeypatch.setattr("sparsekit.ticket.replicates._TOGETHER", room)  # networks of 2545, 1309, 321 and 320 weights
     data, training = dataset(), Training(40, batch_size=20, eval_every=10)
 
     def order(seed):

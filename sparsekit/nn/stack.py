@@ -21,7 +21,7 @@ from ..plan import choose
 from .base import SparseModule
 from .conv import SparseConv2d
 
-__all__ = ["Stack"]
+__all__ = ["Stack", "StackedLinear"]
 
 _ALONE = (
     nn.Identity, nn.Flatten, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Hardswish,
@@ -130,7 +130,7 @@ class Stack(nn.Module):
         weights = [part.weight.detach() for part in parts]
         if shared and getattr(parts[0], "groups", 1) != 1:
             raise ValueError(f"{path}: Expected a first layer without groups to share the input, got {parts[0].groups}")
-        make = _Linear if len(shape) == 2 else _conv
+        make = StackedLinear if len(shape) == 2 else _conv
         candidates = {"dense": make(parts, weights, masks, shared, "dense")}
         if not all(bool(mask.all()) for mask in masks):
             candidates["csr"] = make(parts, weights, masks, shared, "csr")
@@ -161,7 +161,7 @@ class Stack(nn.Module):
             raise ValueError("Expected a forward that treats units alone between its layers, got one that mixes them")
 
 
-class _Linear(nn.Module):
+class StackedLinear(nn.Module):
     """R linear layers: ``x [N, R * in]`` (or the shared ``[N, in]``) to ``[N, R * out]``."""
 
     def __init__(self, parts, weights, masks, shared: bool, how: str) -> None:
@@ -191,6 +191,22 @@ class _Linear(nn.Module):
         y = x.view(-1, self.count, inputs).transpose(0, 1)
         y = y @ weight if self.bias is None else torch.baddbmm(self.bias.view(self.count, 1, out), y, weight)
         return y.transpose(0, 1).flatten(1)
+
+    def gradients(self, dy: Tensor, x: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+        """Those of x, values and bias, each only where ``needs`` says so, as autograd gives them."""
+        if self.how == "csr":
+            return _CSR.linear_backward(dy, x, self.values, self.index, self.shape, needs)
+        if self.shared:
+            dx, dvalues = dy @ self.values if needs[0] else None, dy.t() @ x
+        else:
+            out, inputs = self.part_shape
+            apart = dy.view(-1, self.count, out).transpose(0, 1)
+            dvalues = apart.transpose(1, 2) @ x.view(-1, self.count, inputs).transpose(0, 1)
+            dx = apart @ self.values.view(self.count, out, inputs) if needs[0] else None
+            dx, dvalues = None if dx is None else dx.transpose(0, 1).flatten(1), dvalues.view_as(self.values)
+        if self.pruned is not None:
+            dvalues.masked_fill_(self.pruned, 0)
+        return dx, dvalues, dy.sum(0) if needs[2] else None
 
     def replicate_weight(self, number: int) -> Tensor:
         return _part(self.values, self.how, self.indices, self.part_shape, number)

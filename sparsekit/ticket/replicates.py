@@ -13,14 +13,19 @@ from torch import Tensor, nn
 
 from .. import device
 from ..data import Dataset
+from ..nn import SparseLinear
 from ..nn.stack import Stack
+from .direct import direct_step
 from .loop import Round, TicketSearch
 from .rewind import get_rng, set_rng
-from .train import Fit, Training, masked_sampler, means
+from .train import Fit, Training, fit, masked_sampler, means
 
-__all__ = ["fit_together", "in_step", "stack_step", "train_round_together", "train_rounds_together"]
+__all__ = ["crews", "fit_together", "in_step", "stack_step", "train_round_together", "train_rounds_together"]
 
 _EVALUATED = 1000  # images of one evaluation
+_TOGETHER = (
+    150_000  # weights of networks that a CPU trains faster as one: with their moments they fill its second cache
+)
 
 
 def fit_together(
@@ -38,6 +43,8 @@ def fit_together(
 
     Raises: ValueError as :class:`sparsekit.nn.stack.Stack` does, or when data, orders and models differ in number.
     """
+    if not models:
+        raise ValueError("Expected models to train, got none")
     shared = callable(order) and isinstance(data, Dataset)
     count = 1 if shared else len(models)
     orders = [order] * count if callable(order) else list(order)
@@ -48,7 +55,20 @@ def fit_together(
     sizes = {(len(one.train_y), len(one.val_y), len(one.test_y)) for one in sets}
     if len(sizes) > 1:
         raise ValueError(f"Expected data sets of the same sizes, got {sorted(sizes)}")
-    data = sets[0]
+    found: list[Fit] = []
+    for crew in crews(models):
+        its = slice(0, 1) if shared else slice(crew.start, crew.stop)
+        found += _fit_crew(models[crew.start : crew.stop], sets[its], training, orders[its])
+    return found
+
+
+def _fit_crew(
+    models: Sequence[nn.Module], sets: list[Dataset], training: Training, orders: list[Callable]
+) -> list[Fit]:
+    """Train models as one; data sets and orders are one for all or one each."""
+    if len(models) == 1:
+        return [fit(models[0], sets[0], training, orders[0])]
+    data, shared = sets[0], len(sets) == 1
     stack = Stack(models, data.train_x[: training.batch_size], shared).train()
     optimizer = training.make_optimizer(stack)
     scheduler, step = training.make_scheduler(optimizer), stack_step(stack, optimizer)
@@ -96,8 +116,31 @@ def fit_together(
     ]  # fmt: skip
 
 
+def crews(models: Sequence[nn.Module]) -> list[range]:
+    """Which models train as one, those that follow each other: all, but perceptrons on a CPU only while they are small.
+
+    Larger ones leave the caches, and lose by it what several save by sharing a step. Sizes decide, not the clock, so
+    that a run can be repeated.
+    """
+    owners = [m for model in models for m in model.modules() if m._parameters]
+    perceptrons = all(isinstance(m, nn.Linear | SparseLinear) for m in owners)
+    if not perceptrons or not all(p.is_cpu for m in owners for p in m.parameters()):
+        return [range(len(models))]
+    found: list[range] = []
+    room = 0
+    for number, model in enumerate(models):
+        size = sum(p.numel() for p in model.parameters())
+        if number == 0 or size > room:
+            found.append(range(number, number))
+            room = _TOGETHER
+        found[-1], room = range(found[-1].start, number + 1), room - size
+    return found
+
+
 def stack_step(stack: Stack, optimizer: torch.optim.Optimizer) -> Callable[[Tensor, Tensor], None]:
     """One training step of all replicates on ``x`` as the stack takes it and labels ``y [R, N]``."""
+    if (written := direct_step(stack, optimizer)) is not None:
+        return written
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(x: Tensor, y: Tensor) -> None:

@@ -16,6 +16,7 @@ from .. import device
 from ..data import Dataset
 from ..nn import streamline
 from . import ranks
+from .direct import direct_step
 from .ledger import masked_dense
 from .round import Round
 
@@ -88,7 +89,12 @@ class Fit:
 
 
 def make_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor, Tensor], None]:
-    """One training step on a batch; sparse and masked-dense models are timed through the same function."""
+    """One training step on a batch, written out where it can be (:mod:`.direct`)."""
+    return (ranks.count() == 1 and direct_step(model, optimizer)) or torch_step(model, optimizer)
+
+
+def torch_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor, Tensor], None]:
+    """One training step on a batch, as everyone writes it: what masked-dense models are timed by."""
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -275,7 +281,7 @@ def means(runs: list[dict]) -> dict:
 def masked_sampler(round_: Round, data: Dataset, training: Training, samples: list[float]) -> Callable[[], None]:
     """A function that times some masked-dense steps of a round and adds their microseconds to ``samples``."""
     twin = masked_dense(round_.model, round_.masks).train()
-    step = make_step(ranks.parallel(twin), training.make_optimizer(twin))
+    step = torch_step(ranks.parallel(twin), training.make_optimizer(twin))
     batches = round_.permutation(len(data.train_y), 0).to(data.train_y.device).split(training.batch_size)
 
     def sample() -> None:
