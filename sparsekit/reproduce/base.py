@@ -13,7 +13,7 @@ import torch
 from .. import device
 from ..files import read_json, write_json
 
-__all__ = ["RECIPES", "SCALES", "Check", "Setting", "interval", "markdown", "recipe", "reproduce", "table"]
+__all__ = ["RECIPES", "SCALES", "Check", "Setting", "interval", "markdown", "recipe", "reproduce", "rows", "table"]
 
 SCALES = ("smoke", "short", "paper")
 
@@ -142,11 +142,16 @@ def table(checks: list[Check]) -> str:
 def markdown(name: str, scale: str, checks: list[Check], image: str | None = None) -> str:
     """The checks as a Markdown page, with the figure where there is one."""
     lines = [f"# {name} ({scale})", "", RECIPES[name].about, "", f"Source: {RECIPES[name].source}.", ""]
-    lines += ["| | claim | paper | found |", "|---|---|---|---|"]
-    lines += [f"| {c.word} | {c.claim} | {c.paper} | {c.found} |" for c in checks]
+    lines += rows(checks)
     decided = [c.passed for c in checks if c.passed is not None]
     lines += ["", f"{sum(decided)} of {len(decided)} decided claims hold.", ""]
     return "\n".join([*lines, *([f"![{name}]({image})", ""] if image else [])])
+
+
+def rows(checks: list[Check]) -> list[str]:
+    """The checks as the lines of a Markdown table."""
+    lines = [f"| {c.word} | {c.claim} | {c.paper} | {c.found} |" for c in checks]
+    return ["| | claim | paper | found |", "|---|---|---|---|", *lines]
 
 
 def interval(values: list[float], scale: float = 100, spec: str = "+.2f") -> tuple[float, float, str]:
