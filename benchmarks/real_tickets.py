@@ -7,8 +7,9 @@ MNIST (15 rounds of 20 %, 600 steps each), the others on CIFAR-10 (three rounds 
 layers ranked together: long enough for a mask that training shaped, far too short for accuracy). A search that was
 stopped goes on after its last round; a finished one is only measured. Rivals of the ticket: plain dense torch with the
 ticket's weights (for images the better of contiguous and channels_last), and for a training step (forward, backward,
-optimizer) also dense layers that multiply weight and mask. Beside it, the same
-densities with survivors drawn at random.
+optimizer) also dense layers that multiply weight and mask; all by the loop that everyone writes, ours also as a search
+steps (``written``: perceptrons without autograd, other networks no differently). Beside it, the same densities with
+survivors drawn at random.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from sparsekit.export.packed import read_portable
 from sparsekit.plan import measure
 from sparsekit.ticket.ledger import masked_dense
 from sparsekit.ticket.store import round_path
-from sparsekit.ticket.train import Training, fit, make_step
+from sparsekit.ticket.train import Training, fit, make_step, torch_step
 
 IMAGES = 500  # that a short search is validated and tested on
 
@@ -87,6 +88,7 @@ def compare(model, masks, x, y, training: Training) -> dict:
     layouts = [torch.contiguous_format, *([torch.channels_last] if x[0].dim() == 3 and x.shape[1] > 1 else [])]
     nets = {"converted": (serving, x), "fused": (sk.fuse(serving.eval()), x)}
     steps = {"converted": (stepping, x), "fused": (sk.fuse(stepping.train()), x)}
+    steps["written"] = copy.deepcopy(stepping), x
     steps["masked"] = masked_dense(model, masks), x
     for layout in layouts:
         name = "dense" if layout == torch.contiguous_format else "dense channels_last"
@@ -102,17 +104,19 @@ def compare(model, masks, x, y, training: Training) -> dict:
 
         return run
 
-    def step(net, x):
-        run = make_step(net.train(), training.make_optimizer(net))
+    def step(net, x, make=torch_step):
+        run = make(net.train(), training.make_optimizer(net))
         return lambda: run(x, y)
 
     infer = measure({name: forward(*pair) for name, pair in nets.items()}, 1.0)
-    took = measure({name: step(*pair) for name, pair in steps.items()}, 1.0)
+    makers = {"written": make_step}
+    took = measure({name: step(*pair, makers.get(name, torch_step)) for name, pair in steps.items()}, 1.0)
     dense, dense_step = (min(us for name, us in times.items() if "dense" in name) for times in (infer, took))
     return {
         "forward_us": infer, "step_us": took, "forward": dense / infer["converted"],
         "fused_forward": dense / infer["fused"], "step": dense_step / took["converted"],
         "fused_step": dense_step / took["fused"], "masked_step": took["masked"] / took["fused"],
+        "written_step": dense_step / took["written"],
         "formats": [{layer.name: layer.chosen for layer in sk.explain(net).layers} for net in (serving, stepping)],
     }  # fmt: skip
 
@@ -155,7 +159,8 @@ def main() -> None:
     for name, row in rows.items():
         print(
             f"{name:12} inference {row['forward']:.2f}x (fused {row['fused_forward']:.2f}x), step {row['step']:.2f}x "
-            f"(fused {row['fused_step']:.2f}x) of dense, {row['masked_step']:.2f}x of masked dense; {row['formats']}"
+            f"(fused {row['fused_step']:.2f}x, written {row['written_step']:.2f}x) of dense, {row['masked_step']:.2f}x "
+            f"of masked dense; {row['formats']}"
         )
     if args.out:
         facts = {"environment": environment(), "model": args.model, "threads": args.threads, "batch": batch}

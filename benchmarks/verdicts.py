@@ -2,9 +2,9 @@
 
     python benchmarks/verdicts.py runs/reproduce/lenet-short runs/reproduce/zhou-short
 
-Copies each run's table, numbers and figure (at most 100 KB) to NAME-SCALE there and writes README.md anew from all that
-lie there, so no number is typed by hand. A ``remark.md`` in such a folder stays, and is shown below its table.
-``--commit`` names the commit that ran, where it was not the last one before the run ended.
+Copies each run's table and numbers to NAME-SCALE there, draws its figure (at most 100 KB) and writes README.md anew
+from all that lie there, so no number is typed by hand. A ``remark.md`` in such a folder stays, and is shown below its
+table. ``--commit`` names the commit that ran, where it was not the last one before the run ended.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from PIL import Image
 from sparsekit.files import read_json, write_json
 from sparsekit.reproduce import RECIPES, Check
 from sparsekit.reproduce.base import rows
+from sparsekit.reproduce.figure import redraw
 
 ROOT = Path(__file__).resolve().parent
 PAGE = ROOT / "results/reproduce/README.md"
@@ -38,9 +39,10 @@ def gather(run: Path, commit: str | None) -> Path:
     write_json(folder / "checks.json", found)
     for name in ("figure.json", "figure.png"):
         (folder / name).unlink(missing_ok=True)
-        if (run / name).exists():
-            content = (run / name).read_bytes()
-            (folder / name).write_bytes(_small(content) if name.endswith("png") else content)
+    if (run / "figure.json").exists():
+        (folder / "figure.json").write_bytes((run / "figure.json").read_bytes())
+        redraw(folder)
+        (folder / "figure.png").write_bytes(_small((folder / "figure.png").read_bytes()))
     (folder / "checks.md").write_text("\n".join(section(folder, 1)), encoding="utf-8")
     return folder
 

@@ -4,9 +4,9 @@
 
 Frankle & Carbin (arXiv:1803.03635): Gaussian Glorot, Adam 1.2e-3, batch 60, 20 % per round and 10 % in
 the output layer, layerwise, reset to init. The rival is the best masked loop torch allows: weight * mask
-in the forward pass, fused Adam, the same step function, data order, evaluations and threads. The two
-searches alternate every hundred steps, so drift of the machine hits both. Wall clock counts everything:
-training, evaluation, pruning, planning, saving.
+in the forward pass, fused Adam, the same data order, evaluations and threads; its round without masks steps
+as ours does, written out. The two searches alternate every hundred steps, so drift of the machine hits both.
+Wall clock counts everything: training, evaluation, pruning, planning, saving.
 """
 
 from __future__ import annotations

@@ -38,8 +38,9 @@ class Stack(nn.Module):
     ``x [N, ...]`` with ``shared_input`` (every replicate sees the same batch), else ``[R, N, ...]``, to
     ``[R, N, ...]``. Weights, gradients and optimizer steps of a replicate are those it would have alone, up to
     rounding, for optimizers that treat each weight alone (SGD, Adam, …; not with a gradient norm over all).
-    Each layer runs as one ``csr`` or one batched dense product, whichever ``example_input`` (one replicate's
-    batch) measures faster, forward and backward. :meth:`write_back` hands the weights to ``models``.
+    Layers that are ``csr`` in all models run as one ``csr`` product; others as that or as a batched dense one,
+    whichever ``example_input`` (one replicate's batch) measures faster, forward and backward. :meth:`write_back` hands
+    the weights to ``models``.
 
     Raises: ValueError naming the layer for models that differ in more than weights and masks, for layers that
     mix units (only linear, 2-D convolution, batch norm, activations and pooling may occur), or for a forward
@@ -131,10 +132,11 @@ class Stack(nn.Module):
         if shared and getattr(parts[0], "groups", 1) != 1:
             raise ValueError(f"{path}: Expected a first layer without groups to share the input, got {parts[0].groups}")
         make = StackedLinear if len(shape) == 2 else _conv
-        candidates = {"dense": make(parts, weights, masks, shared, "dense")}
-        if not all(bool(mask.all()) for mask in masks):
+        sparse = all(isinstance(part, SparseModule) and part.format is _CSR for part in parts)
+        candidates = {} if sparse else {"dense": make(parts, weights, masks, shared, "dense")}
+        if sparse or not all(bool(mask.all()) for mask in masks):
             candidates["csr"] = make(parts, weights, masks, shared, "csr")
-        chosen = "dense"
+        chosen = "csr" if sparse else "dense"
         if len(candidates) > 1 and x is not None:
             wide = x if shared else torch.cat([x] * len(parts), 1)
             chosen = choose({name: _step(layer, wide, not first) for name, layer in candidates.items()})[0]

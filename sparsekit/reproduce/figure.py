@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..figures import STYLE, density_axis, series_style
-from ..files import write_json
+from ..files import read_json, write_json
 
-__all__ = ["Curve", "Panel", "draw", "over_seeds"]
+__all__ = ["Curve", "Panel", "draw", "over_seeds", "redraw"]
+
+_MARKERS = 20  # on a curve at most; more run into each other
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,19 @@ def draw(folder: Path, title: str, panels: Sequence[Panel]) -> None:
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE)
-        figure = Figure(figsize=(8, 4.2 * len(panels)))
+        figure = Figure(figsize=(8, 4.4 * len(panels)))
         FigureCanvasAgg(figure)
         figure.suptitle(title, fontsize=13)
         for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
             _paint(axes, panel)
         figure.savefig(folder / "figure.png", format="png")
+
+
+def redraw(folder: Path) -> None:
+    """Draw the numbers of ``figure.json`` anew."""
+    kept = read_json(folder / "figure.json")
+    panels = [Panel(**panel | {"curves": [Curve(**curve) for curve in panel["curves"]]}) for panel in kept["panels"]]
+    draw(folder, kept["title"], panels)
 
 
 def _paint(axes: Any, panel: Panel) -> None:
@@ -73,7 +82,8 @@ def _paint(axes: Any, panel: Panel) -> None:
             axes.plot(curve.x, curve.y, "*", label=curve.name, **hollow)
             continue
         line = "none" if panel.ticks else dashes
-        axes.plot(curve.x, curve.y, color=color, marker=marker, linestyle=line, label=curve.name)
+        every = max(1, len(curve.x) // _MARKERS)
+        axes.plot(curve.x, curve.y, color=color, marker=marker, markevery=every, linestyle=line, label=curve.name)
         if panel.ticks and curve.low:
             axes.vlines(curve.x, curve.low, curve.high, color=color, linewidth=1.2)
         elif curve.low:
@@ -87,4 +97,5 @@ def _paint(axes: Any, panel: Panel) -> None:
         axes.set_xlabel(panel.x)
     if panel.ticks:
         axes.set_xticks(range(len(panel.ticks)), panel.ticks, rotation=30, ha="right", fontsize=9)
-    axes.legend(loc="best", fontsize=9, ncols=2)
+    below = -0.34 if panel.ticks else -0.17
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), fontsize=9, ncols=3)

@@ -38,8 +38,19 @@ def draw(paint: Callable[[Any], bool]) -> bytes | None:
 
 
 def bands(figure: Any, groups: Groups, key: str) -> bool:
-    """One line of means per group and kind of run, with the range over its seeds behind."""
-    axes, shown, factor = figure.add_subplot(), [], 100 if key == "test_accuracy" else 1
+    """One line of means per group and kind of run, with the range over its seeds behind; networks and data sets of
+    their own have axes of their own."""
+    apart: dict[tuple, Groups] = {}
+    for name, group in groups.items():
+        config = next(iter(group.values()))["config"]
+        apart.setdefault((config.get("model"), config.get("data")), {})[name] = group
+    figure.set_size_inches(8, 0.6 + 4 * len(apart))
+    drawn = [_bands(figure.add_subplot(len(apart), 1, n + 1), own, key) for n, own in enumerate(apart.values())]
+    return any(drawn)
+
+
+def _bands(axes: Any, groups: Groups, key: str) -> bool:
+    shown, factor = [], 100 if key == "test_accuracy" else 1
     for number, (name, group) in enumerate(groups.items()):
         rounds = [{row["round"]: row for row in summary["rounds"]} for summary in group.values()]
         kinds = ["", *dict.fromkeys(c for summary in group.values() for c in words.control_names(summary))]
@@ -51,20 +62,21 @@ def bands(figure: Any, groups: Groups, key: str) -> bool:
                 values = [factor * row[key] for row in found if words.finite(row.get(key))]
                 if values and rows[0]["density"] > 0:
                     points.append((100 * rows[0]["density"], min(values), sum(values) / len(values), max(values)))
-            if len(points) < 2:
+            if len(points) < (1 if kind else 2):  # a dense network alone is no curve
                 continue
             x, low, mean, high = zip(*points, strict=True)
             marker, dashes = series_style(which)[1:]
             color = series_style(number if len(groups) > 1 else which)[0]
-            label = f"{words.control(kind) if kind else 'ticket'}{f' ({name})' if len(groups) > 1 else ''}"
+            label = f"{words.control(kind) if kind else 'ticket'} ({name})"
             axes.plot(x, mean, color=color, marker=marker, linestyle=dashes, label=label)
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             shown += x
     if not shown:
+        axes.remove()
         return False
     axes.set_ylabel("test accuracy (%)" if key == "test_accuracy" else "early-stop iteration")
     density_axis(axes, shown)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
     return True
 
 
