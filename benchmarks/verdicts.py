@@ -95,7 +95,7 @@ def _small(png: bytes) -> bytes:
     image = Image.open(io.BytesIO(png)).convert("RGB")
     while True:
         buffer = io.BytesIO()
-        image.quantize(64).save(buffer, "PNG", optimize=True)
+        image.quantize(128).save(buffer, "PNG", optimize=True)
         if buffer.tell() <= _BYTES:
             return buffer.getvalue()
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
