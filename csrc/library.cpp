@@ -8,6 +8,7 @@
 #include "cpu/csr_conv2d.h"
 #include "cpu/csr_linear.h"
 #include "cpu/dense.h"
+#include "cpu/lanes_linear.h"
 #include "cpu/max_pool2d.h"
 #include "sparsekit_schemas.h"
 
@@ -56,6 +57,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
   m.impl("bsr_conv2d_t", TORCH_BOX(&sparsekit::bsr_conv2d_t));
   m.impl("bsr_conv2d_sddmm", TORCH_BOX(&sparsekit::bsr_conv2d_sddmm));
   m.impl("bsr_conv2d_backward", TORCH_BOX(&sparsekit::bsr_conv2d_backward));
+  m.impl("lanes_linear", TORCH_BOX(&sparsekit::lanes_linear));
   m.impl("max_pool2d", TORCH_BOX(&sparsekit::max_pool2d));
   m.impl("dense_sddmm", TORCH_BOX(&sparsekit::dense_sddmm));
   m.impl("zero_pruned_", TORCH_BOX(&sparsekit::zero_pruned_));

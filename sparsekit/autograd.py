@@ -21,9 +21,13 @@ _cxx = _nodes.load()
 
 def in_cxx(x, values, bias, index, shape, fmt: Format, conv, activation: str) -> Tensor:
     """What ``sparse_linear`` (``conv`` None) or ``sparse_conv2d`` returns; NotImplemented: it must go on in Python."""
-    if torch.compiler.is_compiling() or _cxx is None or fmt.name != "csr":
+    if torch.compiler.is_compiling() or _cxx is None or fmt.name not in ("csr", "lanes"):
         return NotImplemented
-    return _cxx.csr(x, values, bias, index, shape, conv, activation)
+    if fmt.name == "csr":
+        return _cxx.csr(x, values, bias, index, shape, conv, activation)
+    if conv is not None or fmt.absent(x.device, values):
+        return NotImplemented
+    return _cxx.lanes(x, values, bias, index, shape, activation)
 
 
 class LinearFunction(torch.autograd.Function):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 __all__ = ["Conv", "Format", "Index", "get", "names", "saved_names"]
 
-_KNOWN = ("dense", "compact", "csr", "bsr", "panel", "bitmap", "nm")  # simplest first: ties go to the earlier one
+# Simplest first: ties go to the earlier one.
+_KNOWN = ("dense", "compact", "csr", "bsr", "lanes", "panel", "bitmap", "nm")
 
 Index = tuple[Tensor | None, ...]
 
@@ -57,6 +58,9 @@ class Format(ABC):
 
     def __reduce__(self):
         return get, (self.name,)  # one instance per process: copies and pickles name it
+
+    serves: int | None = None
+    """The rows of ``x [N, in]`` up to which a plan tries it, and then without gradients only; None: any, and with."""
 
     epilogue: tuple[str, ...] = ()
     """Activations that ``linear`` and ``conv2d`` take as a last argument and apply for free."""

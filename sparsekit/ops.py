@@ -17,6 +17,7 @@ from . import _native
 from .kernels import bsr, panel, reference
 from .kernels.bitmap import reference as bitmap_reference
 from .kernels.blocks import reference as blocks_reference
+from .kernels.lanes import reference as lanes_reference
 from .kernels.nm import cuda as nm
 from .kernels.nm import reference as nm_reference
 from .schemas import SCHEMAS
@@ -27,6 +28,7 @@ _BLOCKED = {f"{fmt.name}_{verb}": verb for fmt in (bsr.FORMAT, panel.FORMAT) for
 TWINS = {name: getattr(reference, name) for name in SCHEMAS if name.startswith("csr_")}
 TWINS |= {name: getattr(blocks_reference, verb) for name, verb in _BLOCKED.items()}
 TWINS |= {"max_pool2d": reference.max_pool2d, "bitmap_linear": bitmap_reference.bitmap_linear}
+TWINS |= {"lanes_linear": lanes_reference.lanes_linear}
 TWINS |= {"zero_pruned_": reference.clear_pruned_, "dense_sddmm": reference.dense_sddmm}
 TWINS |= {name: getattr(nm_reference, name) for name in ("nm_linear", "nm_linear_t", "nm_sddmm")}
 """The naive implementation of every operator, by name."""
@@ -144,6 +146,11 @@ def max_pool2d(x, kernel_size, stride, padding):
 
 @_fake
 def bitmap_linear(x, values, bitmap, offsets, bias, out_features, activation):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@_fake
+def lanes_linear(x, values, codes, bases, starts, order, scale, bias, out_features, activation):
     return x.new_empty(x.shape[0], out_features)
 
 

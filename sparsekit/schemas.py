@@ -28,6 +28,9 @@ Vocabulary
     ``bitmap_linear``: ``values [nnz]`` tile row by tile row of 8 x 8 tiles, tile by tile, row by row of a tile;
     ``bitmap int64 [tile rows, tile columns]``, bit ``8 r + c`` set where row r, column c of the tile survives;
     ``offsets int32 [tile rows * runs + 1]`` where each run of 16 tiles starts in ``values``.
+    ``lanes_linear``: ``values [steps, 64]``, ``codes uint8 [steps, 64]``, ``bases int32 [steps]``, ``starts int32
+    [groups + 1]``, ``order int32 [out]`` or ``[0]``, as kernels/lanes/layout.py lays them out; x is not float64. values
+    have the dtype of x, or are bfloat16 or int8 beside ``scale float32 [out]``, which multiplies the finished sums.
     ``nm_*``: ``values [out, in / 2]`` are two of every four inputs, ``choice uint8 [out, in / 4]`` which two (two
     bits each, the lower first), ``t_choice uint8 [in, out / 4]`` the same of the transposed weight.
     ``dense_sddmm``: ``dyᵀ x [out, in]`` where ``mask bool [out, in]``, exactly 0 elsewhere.
@@ -108,6 +111,10 @@ SCHEMAS = {
     "bitmap_linear": (
         "(Tensor x, Tensor values, Tensor bitmap, Tensor offsets, Tensor? bias, int out_features, str activation)"
         " -> Tensor"
+    ),
+    "lanes_linear": (
+        "(Tensor x, Tensor values, Tensor codes, Tensor bases, Tensor starts, Tensor order, Tensor? scale, "
+        "Tensor? bias, int out_features, str activation) -> Tensor"
     ),
     "nm_linear": "(Tensor x, Tensor values, Tensor choice, Tensor? bias) -> Tensor",
     "nm_linear_t": "(Tensor dy, Tensor values, Tensor choice, Tensor? t_choice) -> Tensor",

@@ -254,7 +254,7 @@ def test_a_small_convolutional_net(tmp_path):
         (["--control", "reinit,luck"], "Expected controls of reinit, random, shuffle, noise, signs, linear (noise"),
         (["--control", "noise:loud"], "Expected noise:SIGMAS with a number, got 'noise:loud'"),
         (["--least", "-1"], "Expected least as a whole number of at least 0, got -1"),
-        (["--impl", "coo"], "Expected a format of dense, compact, csr, bsr, panel, bitmap, nm"),
+        (["--impl", "coo"], "Expected a format of dense, compact, csr, bsr, lanes, panel, bitmap, nm"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, options, why):

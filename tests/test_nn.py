@@ -226,6 +226,9 @@ def assert_pruned_are_zero(model, optimizer):
                 assert torch.equal(tensor[holes], torch.zeros(int(holes.sum())))
             elif layer.format.name in ("csr", "bitmap"):
                 assert tensor.numel() == int((~holes).sum())
+            elif layer.format.name == "lanes":
+                empty = ~layer.format._places(layer._saved_index(), layer.shape)[1]
+                assert torch.equal(tensor[empty], torch.zeros(int(empty.sum())))
             elif (inner := layer._buffers["mask"]) is not None:
                 assert torch.equal(tensor[~inner], torch.zeros(int((~inner).sum())))
 
@@ -570,7 +573,7 @@ def test_values_can_be_reparametrized(fmt):
 
 
 @pytest.mark.filterwarnings("ignore:.*runs as a dense product")
-@pytest.mark.parametrize("fmt", [name for name in FORMATS if name != "bitmap"])  # which takes no convolution
+@pytest.mark.parametrize("fmt", [name for name in FORMATS if name not in ("bitmap", "lanes")])  # no convolution
 def test_errors_name_the_layer(fmt):
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(54, 5))
     masks = {"0.weight": conv(fmt=fmt).survivors(), "2.weight": linear(5, 54).survivors()}
@@ -596,7 +599,8 @@ def test_bad_constructions():
         sk.SparseLinear(3, 5, mask=mask)
     with pytest.raises(TypeError, match="weight: Expected a mask of dtype torch.bool, got torch.float32"):
         sk.SparseLinear(5, 3, mask=mask.float())
-    with pytest.raises(ValueError, match="Expected a format of dense, compact, csr, bsr, panel, bitmap, nm, got 'coo'"):
+    known = "dense, compact, csr, bsr, lanes, panel, bitmap, nm"
+    with pytest.raises(ValueError, match=f"Expected a format of {known}, got 'coo'"):
         sk.SparseLinear(5, 3, mask=mask, format="coo")
     with pytest.raises(ValueError, match="SparseConv2d: Expected a format that runs grouped .*, got 'compact'"):
         sk.SparseConv2d(4, 4, 3, groups=2, format="compact")

@@ -12,6 +12,7 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
 from sparsekit import _native
+from sparsekit.kernels import lanes
 from sparsekit.kernels.bitmap import layout as bitmap_layout
 from sparsekit.kernels.blocks import layout as bl
 from sparsekit.kernels.csr import layout
@@ -155,6 +156,20 @@ def bitmap_calls(n, out, features, density):
     return {"bitmap_linear": [(x, values, *index.values(), b, out, "silu") for b in (bias, None)]}
 
 
+def lanes_calls(n, out, features, density):
+    """Arguments of the operator of weights in lanes for one random weight, also with quantized values."""
+    index = lanes.FORMAT.index(torch.rand(out, features) < density)
+    values = lanes.FORMAT.gather(torch.randn(out, features), index)
+    x, bias, scale = torch.randn(n, features), torch.randn(out), torch.rand(out)
+    small = values.to(torch.int8)
+    return {
+        "lanes_linear": [
+            *[(x, values, *index.values(), None, b, out, "silu") for b in (bias, None)],
+            (x, small, *index.values(), scale, bias, out, "none"),
+        ]
+    }
+
+
 LINEARS = {"plain": (5, 7, 9, 0.3), "empty": (3, 4, 6, 0.0), "full": (2, 3, 5, 1.0), "no batch": (0, 7, 9, 0.3)}
 CONVS = {
     "plain": (2, 4, 3, (7, 6), (3, 3)),
@@ -179,6 +194,7 @@ CASES = [
     *[pytest.param(panel_calls, LINEARS[name], id=f"panel linear {name}") for name in LINEARS],
     *[pytest.param(panel_calls, CONVS[name], id=f"panel conv {name}") for name in CONVS],
     *[pytest.param(bitmap_calls, LINEARS[name], id=f"bitmap linear {name}") for name in LINEARS],
+    *[pytest.param(lanes_calls, LINEARS[name], id=f"lanes linear {name}") for name in LINEARS],
     *[pytest.param(dense_calls, LINEARS[name], id=f"dense linear {name}") for name in LINEARS],
     *[pytest.param(nm_calls, LINEARS[name], id=f"nm linear {name}") for name in ("plain", "no batch")],
     *[pytest.param(bsr_conv_calls, CONVS[name], id=f"bsr conv {name}") for name in CONVS],
@@ -191,7 +207,7 @@ def flat(result):
 
 
 def test_cases_cover_the_table():
-    kinds = (chain_calls, linear_calls, bsr_linear_calls, panel_calls, bitmap_calls, nm_calls, dense_calls)
+    kinds = (chain_calls, linear_calls, bsr_linear_calls, panel_calls, bitmap_calls, lanes_calls, nm_calls, dense_calls)
     linears = {name for calls in kinds for name in calls(*LINEARS["plain"])}
     convs = {name for calls in (conv_calls, bsr_conv_calls, panel_calls) for name in calls(*CONVS["plain"])}
     assert {*linears, *convs, *pool_calls(1, 1, (4, 4)), "build_info"} == SCHEMAS.keys()

@@ -145,6 +145,20 @@ struct Pool {
   int64_t count;
 };
 
+// A weight in lanes (kernels/lanes/layout.py) times one sample or two: the sums of groups [first, last) of 64 rows.
+struct LanesProduct {
+  const float* x;  // rows of 64 inputs at least
+  int64_t x_stride, samples;
+  int64_t limit;  // where the last window of an input begins
+  const uint8_t* codes;
+  const void* values;
+  const int32_t* bases;
+  const int32_t* starts;
+  int64_t first, last;
+  float* sums;  // of the first group on
+  int64_t sum_stride;
+};
+
 enum Activation { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
 
 template <class T>
@@ -186,6 +200,8 @@ struct Isa {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
+  void (*lanes[4])(const LanesProduct&);  // indexed by the Storage of the values, and kLanesInt8
 };
+constexpr int kLanesInt8 = 3;
 
 }  // namespace sparsekit

@@ -4,6 +4,7 @@
 #include "bsr_sddmm.h"
 #include "bsr_vector.h"
 #include "dense_product.h"
+#include "lanes_product.h"
 #include "pool_row.h"
 #include "simd.h"
 
@@ -387,6 +388,7 @@ const Isa SK_CONCAT(isa_, SPARSEKIT_ISA_TABLE) = {
     SK_STRING(SPARSEKIT_ISA_TABLE),
     table<float, Native<float>, BFloat16, Half>(),
     table<double, Native<double>, Native<double>, Native<double>>(),
+    {lanes_product<Native<float>>, lanes_product<BFloat16>, lanes_product<Half>, lanes_product<Int8>},
 };
 
 }  // namespace sparsekit

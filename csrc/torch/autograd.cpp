@@ -230,6 +230,41 @@ PyObject* csr(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// (x, values, bias, index, shape, activation): sparse_linear of a layer in lanes where no gradient is due.
+PyObject* lanes(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(6, count);
+  const bool plain = is_plain(args[0]) && is_plain(args[1]) && (Py_IsNone(args[2]) || is_plain(args[2]));
+  if (!plain || !is_tuple(args[3], 4) || !is_tuple(args[4], 2) || is_watched()) return not_implemented();
+  const Tensor& x = THPVariable_Unpack(args[0]);
+  const Tensor& values = THPVariable_Unpack(args[1]);
+  const Maybe bias = Py_IsNone(args[2]) ? Maybe() : Maybe(THPVariable_Unpack(args[2]));
+  const bool train = at::GradMode::is_enabled() &&
+                     (values.requires_grad() || x.requires_grad() || (bias && bias->requires_grad()));
+  Layer layer;
+  for (int i = 0; i < 4; ++i) {
+    PyObject* item = PyTuple_GET_ITEM(args[3], i);
+    if (!is_plain(item)) return not_implemented();
+    layer.index.push_back(THPVariable_Unpack(item));
+  }
+  const std::vector<int64_t> shape = numbers(args[4]);
+  if (train || x.scalar_type() == at::kDouble || !fits(x, shape, layer)) return not_implemented();
+  Py_ssize_t length = 0;
+  const char* name = PyUnicode_AsUTF8AndSize(args[5], &length);
+  if (!name) return nullptr;
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                     const Tensor&, const Maybe&, const Maybe&, int64_t, c10::string_view)>(
+      "sparsekit::lanes_linear");
+  Tensor y;
+  {
+    pybind11::gil_scoped_release no_gil;
+    const auto& i = layer.index;
+    y = op.call(x, values, i[0], i[1], i[2], i[3], {}, bias, shape[0], c10::string_view(name, length));
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
 // (grad, mask): the gradient, exactly 0 where mask is False; in place when nobody else holds it.
 PyObject* mask_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -256,7 +291,7 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method<csr>("csr"), method<mask_gradient>("mask_gradient"), {}};
+PyMethodDef methods[] = {method<csr>("csr"), method<lanes>("lanes"), method<mask_gradient>("mask_gradient"), {}};
 PyModuleDef module{PyModuleDef_HEAD_INIT, "sparsekit._autograd", nullptr, -1, methods, {}, {}, {}, {}};
 
 }  // namespace

@@ -129,7 +129,7 @@ def link(model: nn.Module, pairs: Iterable[tuple[nn.Module, str]], dense: bool) 
     """Make chains of the sparse linear layers of ``model`` wherever one call measures faster than theirs.
 
     ``pairs``: each layer with the path of the module that alone reads what it gives. A model in training mode is
-    measured forward and backward. ``dense``: layers that run as dense products join as ``csr``; without, no bit of a
+    measured forward and backward. ``dense``: layers of other formats join as ``csr``; without, no bit of a
     result depends on what was measured.
     """
     after = {layer: model.get_submodule(path) for layer, path in pairs}
@@ -147,7 +147,7 @@ def link(model: nn.Module, pairs: Iterable[tuple[nn.Module, str]], dense: bool) 
 
 
 def _fits(layer: nn.Module) -> bool:
-    if type(layer) is not SparseLinear or layer.format.name not in ("csr", "dense") or hooked(layer):
+    if type(layer) is not SparseLinear or layer.format.name not in ("csr", "dense", "lanes") or hooked(layer):
         return False
     return layer.values.is_cpu and layer.values.dtype in _DTYPES
 
@@ -164,8 +164,8 @@ def _stretches(run: list[SparseLinear]) -> list[list[SparseLinear]]:
 
 
 def _join(run: list[SparseLinear], training: bool) -> bool:
-    """Put a run into one call when that is faster than calling its layers, the dense ones among them as ``csr``."""
-    if len(run) < 2 or all(layer.format.name != "csr" for layer in run):
+    """Put a run into one call when that is faster than calling its layers, all of them as ``csr`` then."""
+    if len(run) < 2 or all(layer.format.name == "dense" for layer in run):
         return False
     x = torch.randn(_rows(run[0]), run[0].in_features, generator=torch.Generator().manual_seed(0))
     x, twin = x.to(run[0].values.dtype), _chained(copy.deepcopy(run))

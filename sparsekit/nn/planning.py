@@ -73,14 +73,15 @@ class Job:
             self.x = _assumed_input(self.module)
         x, mask, groups = self.x, self.sparse_class._fold(self.mask), getattr(self.module, "groups", 1)
         self.density = density({self.name: mask})
-        stored, blocks = {}, []
+        product, stored, blocks = self._product(mask), {}, []
         for fmt in map(formats.get, formats.names()):
-            if reason := fmt.absent(x.device, mask, groups) or fmt.unsupported(mask, groups):
+            reason = fmt.absent(x.device, mask, groups) or fmt.unsupported(mask, groups) or self._beyond(fmt, product)
+            if reason:
                 self.rejected[fmt.name] = reason
                 continue
             stored[fmt.name], block = fmt.stored(mask, groups)
             blocks.append((fmt.name, block, density_bucket(stored[fmt.name] / max(1, mask.numel()))))
-        self.predicted = predict(self._product(mask), stored)
+        self.predicted = predict(product, stored)
         layout = "nhwc" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else "rows"
         where = x.device.type
         cast = str(torch.get_autocast_dtype(where)) if torch.is_autocast_enabled(where) else ""
@@ -106,6 +107,11 @@ class Job:
         passes = 1 if not self.training else 2 + x.requires_grad
         dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else dtype
         return Product(places, mask.numel(), x.numel(), places * mask.shape[0], passes, axes > 0, x.device, dtype)
+
+    def _beyond(self, fmt: formats.Format, product: Product) -> str | None:
+        if fmt.serves is None or (not self.training and product.places <= fmt.serves):
+            return None
+        return f"for inference on up to {fmt.serves} rows of input at a time"
 
     @property
     def gain(self) -> float:
