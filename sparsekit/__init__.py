@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # imported when first asked for, so that sparsekit.serve load
     from .nn import convert as convert
     from .nn import fuse as fuse
     from .nn import masks_of as masks_of
+    from .nn import quantize as quantize
     from .nn import regroup as regroup
     from .nn import to_dense as to_dense
     from .plan import explain as explain
@@ -51,6 +52,7 @@ __all__ = [
     "overlap",
     "prunable",
     "prune",
+    "quantize",
     "refill",
     "regroup",
     "save",
@@ -64,7 +66,7 @@ __all__ = [
 _HOME = {"load": "export", "save": "export", "sparse_conv2d": "functional", "sparse_linear": "functional"}
 _HOME |= {"explain": "plan", "instability": "ticket", "tickets": "ticket"}
 _HOME |= dict.fromkeys(
-    ("SparseConv2d", "SparseLinear", "compact", "convert", "fuse", "masks_of", "regroup", "to_dense"), "nn"
+    ("SparseConv2d", "SparseLinear", "compact", "convert", "fuse", "masks_of", "quantize", "regroup", "to_dense"), "nn"
 )  # fmt: skip
 _PACKAGES = ("export", "format", "kernels", "mask", "models", "nn", "plan", "serve", "ticket")
 

@@ -246,7 +246,7 @@ def _bytes(model: nn.Module) -> tuple[int, int]:
     dense = now
     for module in model.modules():
         if hasattr(module, "survivors"):
-            held = module.values.element_size() * torch.Size(module.shape).numel()
+            held = getattr(module, "dtype", module.values.dtype).itemsize * torch.Size(module.shape).numel()
             bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
             dense += held + bias - module.bytes()
     return now, dense

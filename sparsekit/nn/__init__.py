@@ -12,4 +12,6 @@ from .fuse import fuse as fuse
 from .fuse import streamline as streamline
 from .linear import SparseLinear as SparseLinear
 from .ordered import convert as convert
+from .quantized import QuantizedLinear as QuantizedLinear
+from .quantized import quantize as quantize
 from .reorder import regroup as regroup

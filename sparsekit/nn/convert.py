@@ -35,6 +35,7 @@ from .linear import SparseLinear
 from .order import original, restore_order
 from .planning import Budget, Job, plan_layers, thunk
 from .pool import Pooled
+from .quantized import QuantizedLinear
 from .whole import call, check
 
 __all__ = ["convert", "dense_state", "masks_of", "to_dense"]
@@ -155,7 +156,7 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
         model = _deepcopy(model)
     swaps = {}
     for module in model.modules():
-        if isinstance(module, SparseModule):
+        if isinstance(module, SparseModule | QuantizedLinear):
             dense = module.to_dense()
             _copy_hooks(module, dense)
             swaps[id(module)] = dense
@@ -181,7 +182,7 @@ def masks_of(model: nn.Module) -> Masks:
     masks = {
         weight_name(name, module): module.survivors()
         for name, module in model.named_modules()
-        if isinstance(module, SparseModule)
+        if isinstance(module, SparseModule | QuantizedLinear)
     }
     return original(model, masks)
 
@@ -193,6 +194,8 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         module = modules.get(owner)
+        if isinstance(module, QuantizedLinear):
+            raise ValueError(f"{owner}: Expected unrounded survivors, got {module.format.name}: save before quantize")
         if isinstance(module, SparseModule) and leaf == "values":
             state[weight_name(owner, module)] = module.weight.detach().clone()
         elif hasattr(module, "joint") and leaf in ("weight", "bias"):
