@@ -127,6 +127,15 @@ def test_pruning_at_initialisation():
         search(score_at="begin")
 
 
+def test_tied_weights_are_refused_before_training_unless_they_stay():
+    tied = nn.Sequential(net(), nn.Linear(3, 3), twin := nn.Linear(3, 3))
+    twin.weight = tied[1].weight
+    with pytest.raises(ValueError, match=r"1.weight: Expected a weight of its own, got one shared by 1.weight and"):
+        search(tied)
+    for how in ({"exclude": ["1", "2"]}, {"rate": {"*": 0.5, "1": 0.0, "2": 0.0}}):
+        assert len(list(search(tied, **how))) == 3
+
+
 def test_rates_by_layer_and_layers_left_out():
     seen, _ = run(rounds=1, rate={"*": 0.5, "7": 0.25}, exclude="5")
     masks = seen[1][0].masks

@@ -38,7 +38,7 @@ from .pool import Pooled
 from .quantized import QuantizedLinear
 from .whole import call, check
 
-__all__ = ["convert", "dense_state", "masks_of", "to_dense"]
+__all__ = ["convert", "dense_state", "masks_of", "reject_tied", "to_dense"]
 
 _SPARSE = {
     nn.Linear: SparseLinear,
@@ -82,7 +82,7 @@ def convert(
         folded = _sparse_class(layers[name])._fold(mask)
         if reason := formats.get(impls[name]).unsupported(folded, getattr(layers[name], "groups", 1)):
             raise ValueError(f"{name}: Expected a layer that {impls[name]!r} can hold, got {reason}")
-    _reject_tied(model, layers, masks)
+    reject_tied(model, masks)
     if not inplace:
         model = _deepcopy(model)
         layers = prunable(model)
@@ -280,7 +280,7 @@ def _record_inputs(
     return seen, seconds
 
 
-def _reject_tied(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
+def reject_tied(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """A packed copy of a weight that another layer shares would silently untie the two."""
     owners: dict[int, str] = {}
     for module_name, module in model.named_modules():

@@ -13,6 +13,27 @@ from .stability import rewind_point as rewind_point
 from .supermask import harvest as harvest
 from .supermask import supermask as supermask
 from .tangent import Tangent as Tangent
+from .train import Training as Training
 from .transfer import transfer as transfer
 from .verdict import judge as judge
 from .verdict import study as study
+
+__all__ = [
+    "Branches",
+    "EarlyBird",
+    "Instability",
+    "Rewind",
+    "Round",
+    "Tangent",
+    "TicketSearch",
+    "Training",
+    "find_rewind",
+    "harvest",
+    "instability",
+    "judge",
+    "rewind_point",
+    "study",
+    "supermask",
+    "tickets",
+    "transfer",
+]

@@ -19,6 +19,7 @@ from ..criteria import batches_of, find, name_of
 from ..flops import flop_density, positions
 from ..mask import Masks, weight_of
 from ..nn import convert, dense_state, masks_of
+from ..nn.convert import reject_tied
 from ..pattern import Pattern
 from ..plan import explain
 from ..prune import prunable, prune_step
@@ -87,7 +88,8 @@ class TicketSearch:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for rate in {repr(rate): rate for rate in self._rates or [0.0]}.values():
-                prune_step(self.model, {}, rate, **self._how | {"init": self.model.state_dict(), "steps": 1})
+                masks = prune_step(self.model, {}, rate, **self._how | {"init": self.model.state_dict(), "steps": 1})
+                reject_tied(self.model, {name: mask for name, mask in masks.items() if not bool(mask.all())})
         set_rng(rng)
 
     def _configuration(self, rate: Any, note: Mapping[str, Any]) -> dict[str, Any]:
