@@ -270,6 +270,8 @@ def test_a_compiled_file_serves_in_cpp(package, tmp_path):
              f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]  # fmt: skip
     for command in (cmake, ["cmake", "--build", tmp_path / "b"]):
         done = subprocess.run(command, capture_output=True, text=True)
+        if torch.version.cuda is not None and "CUDA cannot be found" in done.stderr:
+            pytest.skip("torch's CMake files want the CUDA toolkit")
         assert done.returncode == 0, done.stdout + done.stderr
     run = [tmp_path / "b/serve", _native.status()["path"], path]
     done = subprocess.run([*run, "6x2x8x8", "3"], input=X.numpy().tobytes(), capture_output=True, check=True)
