@@ -12,7 +12,7 @@ from sparsekit.nn import stack as stacks
 from sparsekit.nn import streamline
 from sparsekit.nn.stack import Stack
 from sparsekit.ticket import replicates
-from sparsekit.ticket.direct import direct_step
+from sparsekit.ticket.direct import direct_logits, direct_step
 from sparsekit.ticket.replicates import fit_together, stack_step
 from sparsekit.ticket.train import Training, make_step, torch_step
 
@@ -124,6 +124,34 @@ def test_stacks(shared, how, densities, monkeypatch):
     for layer in ours.modules():
         if getattr(layer, "pruned", None) is not None:
             assert layer.pruned.any() and not layer.values[layer.pruned].any()
+
+
+@pytest.mark.parametrize("kind", ["csr", "streamlined", "no bias", "float64"])
+def test_logits_in_one_call(kind):
+    model = NETS[kind]()
+    if kind == "streamlined":
+        streamline(model.train())
+    x = torch.randn(33, 1, 6, 6, dtype=next(model.parameters()).dtype)
+    logits = direct_logits(model)
+    assert logits is not model
+    with torch.no_grad():
+        torch.testing.assert_close(logits(x), model.eval()(x), rtol=1e-5, atol=1e-6)
+    plain = net(None)
+    assert direct_logits(plain) is plain
+    model.fc2.register_forward_hook(lambda *_: None)
+    assert direct_logits(model) is model
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_logits_of_a_stack(shared):
+    x = torch.randn(3, 33, 1, 6, 6)
+    x = x[0] if shared else x
+    parts = [net(density, seed=seed) for seed, density in enumerate((0.3, 0.1, 0.5))]
+    stack = Stack(parts, torch.randn(33, 1, 6, 6), shared)
+    logits = direct_logits(stack)
+    assert logits is not stack
+    with torch.no_grad():
+        torch.testing.assert_close(logits(x), stack(x), rtol=1e-5, atol=1e-6)
 
 
 def test_hooks_and_foreign_layers_are_left_to_torch():

@@ -1,7 +1,8 @@
 """A training step written out, for perceptrons: the calls that autograd and torch.optim would end in, and nothing else.
 
 A sparse LeNet's products take less time than the graph, the loss and the optimizer's bookkeeping around them. Every
-weight and every state of the optimizer ends with the bits that torch's own loop gives it.
+weight and every state of the optimizer ends with the bits that torch's own loop gives it. What is only looked at, the
+logits of an evaluation, comes from one call for all layers, up to rounding.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import optimizer as optimizers
 
+from .. import _native
+from .. import format as formats
 from ..autograd import Guard
 from ..nn import SparseLinear, SparseModule
 from ..nn.fuse import Applied, Shortened
 from ..nn.operations import hooked
 from ..nn.stack import Stack, StackedLinear
 
-__all__ = ["direct_step"]
+__all__ = ["direct_logits", "direct_step"]
 
 _log_softmax_backward = torch.ops.aten._log_softmax_backward_data.default
 _relu_backward = torch.ops.aten.threshold_backward.default
+_CSR = formats.get("csr")
 _state_names = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -33,10 +37,10 @@ def direct_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[
     all its parameters trained, and for a :class:`~sparsekit.nn.stack.Stack` of such (``x`` as the stack takes it,
     ``y [R, N]``, the replicates' means summed). Gradients are not kept in ``parameter.grad``.
     """
-    stack = model if isinstance(model, Stack) else None
-    layers = _layers(model if stack is None else stack.network)
-    if layers is None or torch.is_autocast_enabled("cpu"):
+    stack, modules = model if isinstance(model, Stack) else None, _modules(model)
+    if modules is None:
         return None
+    layers = [_Linear(module, relu, not number) for number, (module, relu) in enumerate(modules)]
     parameters = [p for layer in layers for p in layer.parameters]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     if {id(p) for p in parameters} != {id(p) for p in trained} or not all(map(_plain, parameters)):
@@ -63,6 +67,31 @@ def direct_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[
         update(gradients)
 
     return step
+
+
+def direct_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What ``model(x)`` gives, in one call where all layers are ``csr``; else ``model`` itself. Not differentiable."""
+    stack, modules = model if isinstance(model, Stack) else None, _modules(model)
+    if modules is None or _native.lacks_cpu() or not all(_is_csr(module) for module, _ in modules):
+        return model
+    index = [m.index if isinstance(m, StackedLinear) else [m._buffers[n] for n in _CSR.index_names] for m, _ in modules]
+    crow, col, keys = ([each[i] for each in index] for i in range(3))
+    values, biases = [m.values for m, _ in modules], [m.bias for m, _ in modules]
+    activations = ["relu" if relu else "none" for _, relu in modules]
+
+    @torch.no_grad()
+    def logits(x: Tensor) -> Tensor:
+        if stack is not None and not stack.shared_input:
+            x = x.transpose(0, 1)
+        y = torch.ops.sparsekit.csr_chain.default(x.flatten(1), values, crow, col, biases, keys, activations)
+        return y if stack is None else y.unflatten(1, (len(stack.models), -1)).transpose(0, 1)
+
+    return logits
+
+
+def _is_csr(module: nn.Module) -> bool:
+    csr = module.how == "csr" if isinstance(module, StackedLinear) else getattr(module, "format", None) is _CSR
+    return csr and module.values.is_cpu and module.values.dtype in (torch.float32, torch.float64)
 
 
 class _Linear:
@@ -97,11 +126,14 @@ class _Linear:
         return self._relu(self._product(x))
 
 
-def _layers(model: nn.Module) -> list[_Linear] | None:
-    """The linear layers of a plain perceptron in order."""
-    if type(model) not in (nn.Sequential, Shortened) or hooked(model) or any(map(hooked, model)):
+def _modules(model: nn.Module) -> list[tuple[nn.Module, bool]] | None:
+    """The linear layers of a plain perceptron, or of a stack of them, in order, each with whether a ReLU follows."""
+    model = model.network if isinstance(model, Stack) else model
+    if type(model) not in (nn.Sequential, Shortened) or torch.is_autocast_enabled("cpu"):
         return None
     first, *rest = [*model] or [model]
+    if hooked(model) or any(map(hooked, model)):
+        return None
     if type(first) is not nn.Flatten or (first.start_dim, first.end_dim) != (1, -1):
         return None
     found: list[tuple[nn.Module, bool]] = []
@@ -115,9 +147,7 @@ def _layers(model: nn.Module) -> list[_Linear] | None:
             found.append((module, activation == "relu"))
         elif type(module) not in (Applied, nn.Identity):
             return None
-    if not found or found[-1][1]:  # what a ReLU gives are no logits
-        return None
-    return [_Linear(module, relu, not number) for number, (module, relu) in enumerate(found)]
+    return found if found and not found[-1][1] else None  # what a ReLU gives are no logits
 
 
 def _plain(parameter: nn.Parameter) -> bool:

@@ -15,7 +15,7 @@ from .. import device
 from ..data import Dataset
 from ..nn import SparseLinear
 from ..nn.stack import Stack
-from .direct import direct_step
+from .direct import direct_logits, direct_step
 from .loop import Round, TicketSearch
 from .rewind import get_rng, set_rng
 from .train import Fit, Training, fit, masked_sampler, means
@@ -167,13 +167,13 @@ def _side_by_side(parts: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def _evaluate(stack: Stack, sets: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
     """Each replicate's mean cross-entropy and accuracy, in eval mode."""
-    stack.eval()
+    logits_of = direct_logits(stack.eval())
     loss, hits, count = 0.0, 0, len(sets[0][1])
     for at in range(0, count, _EVALUATED):
         part = slice(at, at + _EVALUATED)
         target = torch.stack([y[part] for _, y in sets]).expand(len(stack.models), -1)
         x = [x[part] for x, _ in sets]
-        logits = stack(x[0] if stack.shared_input else _side_by_side(x))
+        logits = logits_of(x[0] if stack.shared_input else _side_by_side(x))
         loss = loss + _losses(logits, target).double() * target.shape[1]
         hits = hits + (logits.argmax(2) == target).sum(1)
     stack.train()
