@@ -174,6 +174,15 @@ def test_dtypes(block, n, dtype):
     agrees(make((24, 20, 1, 1), block, dtype=dtype), n, (5, 6))
 
 
+@pytest.mark.parametrize("n", [1, 2, 6, 32])
+@pytest.mark.parametrize("case", range(len(GEOMETRIES)))
+@pytest.mark.parametrize("block", [(16, 1), (1, 16), (4, 4), (16, 16)], ids=str)
+def test_geometries_in_pairs(block, case, n):
+    """Channels, and samples, are read two at a time where they are even in number."""
+    shape, size, how = GEOMETRIES[case]
+    agrees(make(shape, block, dtype=torch.bfloat16, **how), n, size)
+
+
 @pytest.mark.parametrize("density", [0, 0.1, 1])
 @pytest.mark.parametrize("shape", [(1, 1, 3, 3), (1, 40, 3, 3), (40, 1, 1, 1), (70, 33, 3, 3)], ids=str)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
@@ -196,12 +205,14 @@ FORMS = {
     "a slice of channels last": lambda t: torch.cat([t, t], 1).contiguous(memory_format=LAST)[:, : t.shape[1]],
     "expanded": lambda t: t[:1].expand(t.shape),
     "rows transposed": lambda t: t.mT.contiguous().mT,
+    "odd address": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t),
+    "channels last, odd address": lambda t: FORMS["odd address"](t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n", [1, 3, 16])
+@pytest.mark.parametrize("n", [1, 3, 16, 24])
 def test_memory_formats(n, dtype, form):
     for how in ({"padding": 1}, {"padding": 1, "stride": 2}):
         agrees(make((24, 20, 3, 3), (8, 1), dtype=dtype, **how), n, (9, 21), form=FORMS[form])
@@ -242,10 +253,10 @@ def test_backward_gives_only_what_was_asked():
 
 def every_result():
     """Results large enough to be shared among threads."""
-    for block in BLOCKS:
-        layer = make((64, 70, 3, 3), block, 0.2, padding=1)
+    for block, dtype in [*((b, torch.float32) for b in BLOCKS), ((8, 1), torch.bfloat16), ((16, 16), torch.bfloat16)]:
+        layer = make((64, 70, 3, 3), block, 0.2, padding=1, dtype=dtype)
         for n in (1, 16):
-            x, dy = randn(n, 70, 14, 14), randn(n, 64, 14, 14)
+            x, dy = randn(n, 70, 14, 14, dtype=dtype), randn(n, 64, 14, 14, dtype=dtype)
             yield layer.y(x, None, "gelu")
             yield layer.y(x.contiguous(memory_format=LAST), None, "gelu").contiguous()
             yield from layer.backward(dy, x, True, True, True)
@@ -265,18 +276,20 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_memory_formats_give_equal_bits():
-    for n in (1, 16):
-        layer, x = make((24, 20, 3, 3), (8, 1), padding=1), randn(n, 20, 9, 9)
-        assert torch.equal(layer.y(x), layer.y(x.contiguous(memory_format=LAST)))
+    for block, dtype in (((8, 1), torch.float32), ((8, 1), torch.bfloat16), ((8, 8), torch.bfloat16)):
+        for n in (1, 16):
+            layer, x = make((24, 20, 3, 3), block, padding=1, dtype=dtype), randn(n, 20, 9, 9, dtype=dtype)
+            assert torch.equal(layer.y(x), layer.y(x.contiguous(memory_format=LAST)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("n", [1, 16])
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_what_sticks_out_has_no_gradient_and_no_effect(block, n, bad):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_sticks_out_has_no_gradient_and_no_effect(dtype, block, n, bad):
     """Groups of 12 channels: what sticks out of one overlaps the next."""
-    layer = make((24, 12, 3, 3), block, 1, padding=1, groups=2)
-    x, dy = randn(n, 24, 4, 5), randn(n, 24, 4, 5)
+    layer = make((24, 12, 3, 3), block, 1, padding=1, groups=2, dtype=dtype)
+    x, dy = randn(n, 24, 4, 5, dtype=dtype), randn(n, 24, 4, 5, dtype=dtype)
     y, dx = layer.y(x), layer.dx(dy, x)
     for mine, other in ((slice(0, 12), slice(12, 24)), (slice(12, 24), slice(0, 12))):
         x_, dy_ = x.clone(), dy.clone()
@@ -289,13 +302,14 @@ def test_what_sticks_out_has_no_gradient_and_no_effect(block, n, bad):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("n", [2, 16])
-def test_nonfinite_values_reach_exactly_what_depends_on_them(n, bad):
+@pytest.mark.parametrize("n", [2, 16, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nonfinite_values_reach_exactly_what_depends_on_them(dtype, n, bad):
     """At the edge of an image in a small batch; the sums of a large one also meet the padding there."""
     edge = n == 2
     for block in BLOCKS:
-        layer = make((36, 40, 3, 3), block, 0.3, padding=1)
-        x, dy = randn(n, 40, 6, 5), randn(n, 36, 6, 5)
+        layer = make((36, 40, 3, 3), block, 0.3, padding=1, dtype=dtype)
+        x, dy = randn(n, 40, 6, 5, dtype=dtype), randn(n, 36, 6, 5, dtype=dtype)
         in_x, in_dy = (1, 39, 2, 4 if edge else 2), (0, 35, 5 if edge else 3, 0 if edge else 3)
         x[in_x], dy[in_dy] = bad, bad
         ones = layer._replace(dense=(layer.dense != 0).double())
@@ -323,6 +337,7 @@ def test_workspaces_do_not_leak_between_calls(bad):
             layer.y(torch.full((n, 70, 14, 14), bad))
             layer.backward(torch.full((n, 64, 14, 14), bad), torch.full((n, 70, 14, 14), bad), True, True, True)
             agrees(make((24, 20, 3, 3), block, padding=1), n, (5, 6))
+            agrees(make((24, 20, 3, 3), block, padding=1, dtype=torch.bfloat16), n, (5, 6))
 
 
 def test_module_trains_and_serves():
@@ -351,7 +366,8 @@ for dtype in t.DTYPES:
         for n in (1, 16):
             t.agrees(t.make((41, 30, 3, 3), block, padding=1, stride=2, dtype=dtype), n, (7, 8), "gelu")
 for block in t.BLOCKS:
-    t.test_what_sticks_out_has_no_gradient_and_no_effect(block, 1, float("inf"))
+    for dtype in (t.torch.float32, t.torch.bfloat16):
+        t.test_what_sticks_out_has_no_gradient_and_no_effect(dtype, block, 1, float("inf"))
 """
 
 

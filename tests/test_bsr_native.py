@@ -184,7 +184,8 @@ def test_strides(block, form, n, dtype):
 @pytest.mark.parametrize("block", [(16, 1), (1, 16), (8, 8)], ids=str)
 def test_large_batch_is_cut_into_pieces(block):
     check_linear(4100, packed((20, 1100), block, 0.1))
-    check_linear(8201, packed((20, 1100), block, 0.05, torch.bfloat16), torch.bfloat16)
+    for n in (8201, 8200):
+        check_linear(n, packed((20, 1100), block, 0.05, torch.bfloat16), torch.bfloat16)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

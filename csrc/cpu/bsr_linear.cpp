@@ -22,10 +22,10 @@ int64_t samples_at_once(int64_t features, int64_t lines) {
 template <class T>
 Tensor multiply(const Tensor& x_tensor, const Direction<T>& blocks, const Epilogue<T>& epilogue) {
   const Matrix x = blocks.operand(Matrix(x_tensor));
-  Tensor out = new_empty<int64_t>(x_tensor, {x.samples, blocks.outputs});
+  Tensor out = new_empty<int64_t>(x_tensor, {x_tensor.size(0), blocks.outputs});
   if (x.samples == 0 || blocks.outputs == 0) return out;
   const Matrix y(out);
-  if (x.samples <= kFewSamples && !blocks.paired) {
+  if (x.samples <= kFewSamples && blocks.reads == kNumbers) {
     few_samples(x, blocks, epilogue, y);
     Workspace::mine().trim();
     return out;

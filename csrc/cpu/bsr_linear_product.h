@@ -7,11 +7,14 @@ namespace sparsekit {
 
 constexpr int64_t kOutputs = 64;  // outputs that are finished before they move to their tensor
 
+// How activations are read: as numbers, or two features or two samples of bfloat16 as one float.
+enum Reads { kNumbers, kPairsOfFeatures, kPairsOfSamples };
+
 // The blocks in one direction: forward by outputs, or transposed by inputs.
 template <class T>
 struct Direction {
   const BlockKernels<T>* kernels;
-  bool paired;
+  Reads reads;
   Lists lists;
   const int32_t* which;
   const T* values;
@@ -19,29 +22,40 @@ struct Direction {
   int64_t outputs, features;
 
   static Direction forward(const Lists& lists, const Tensor& values, Block b, int64_t outputs, const Matrix& x) {
-    if constexpr (sizeof(T) == 4)
-      if (b.cols % 2 == 0 && pairs_of_features(x, values))
-        return {&sparsekit::kernels<T>().pairs, true, lists, nullptr, static_cast<const T*>(values.const_data_ptr()),
-                b.size() / 2, b.rows, b.cols / 2, b.cols / 2, 1, outputs, x.features / 2};
-    return {&sparsekit::kernels<T>().numbers, false, lists, nullptr, values_as<T>(values), b.size(), b.rows, b.cols,
+    if constexpr (sizeof(T) == 4) {
+      const T* pairs = static_cast<const T*>(values.const_data_ptr());
+      if (b.cols % 2 == 0 && features_pair(x, values))
+        return {&sparsekit::kernels<T>().pairs, kPairsOfFeatures, lists, nullptr, pairs, b.size() / 2, b.rows,
+                b.cols / 2, b.cols / 2, 1, outputs, x.features / 2};
+      // Few samples would leave lanes idle.
+      if (x.samples > kLanes<T> && pairs_in_columns(x.storage, x.samples, b.rows, b.cols))
+        return {&sparsekit::kernels<T>().pairs, kPairsOfSamples, lists, nullptr, pairs, b.size(), b.rows, 1, 1, 1,
+                outputs, x.features};
+    }
+    return {&sparsekit::kernels<T>().numbers, kNumbers, lists, nullptr, values_as<T>(values), b.size(), b.rows, b.cols,
             b.cols, 1, outputs, x.features};
   }
   static Direction transposed(const Lists& lists, const int32_t* which, const Tensor& values, Block b, int64_t outputs,
                               const Matrix& dy) {
     if constexpr (sizeof(T) == 4)
-      if (b.rows % 2 == 0 && pairs_of_features(dy, values)) {
+      if (b.rows % 2 == 0 && features_pair(dy, values)) {
         const bool in_pairs = b.cols == 1;  // as they lie
         const T* v = in_pairs ? static_cast<const T*>(values.const_data_ptr()) : pairs_of_outputs(values);
-        return {&sparsekit::kernels<T>().pairs, true, lists, which, v, b.size() / 2, b.cols, 1, b.rows / 2, b.cols,
-                outputs, dy.features / 2};
+        return {&sparsekit::kernels<T>().pairs, kPairsOfFeatures, lists, which, v, b.size() / 2, b.cols, 1, b.rows / 2,
+                b.cols, outputs, dy.features / 2};
       }
-    return {&sparsekit::kernels<T>().numbers, false, lists, which, values_as<T>(values), b.size(), b.cols, 1, b.rows,
+    return {&sparsekit::kernels<T>().numbers, kNumbers, lists, which, values_as<T>(values), b.size(), b.cols, 1, b.rows,
             b.cols, outputs, dy.features};
   }
-  Matrix operand(const Matrix& x) const { return paired ? as_pairs(x) : x; }
+  Matrix operand(const Matrix& x) const {
+    return reads == kPairsOfFeatures ? pairs_of_features(x) : reads == kPairsOfSamples ? pairs_of_samples(x) : x;
+  }
+  // Samples in a lane.
+  int64_t fold() const { return reads == kPairsOfSamples ? 2 : 1; }
   BsrProduct<T> product(const T* panel, int64_t width) const {
     BsrProduct<T> p{};
-    p.panel = panel, p.features = features, p.width = p.x_stride = p.y_stride = width, p.index_step = depth * width;
+    p.panel = panel, p.features = features, p.width = p.x_stride = width, p.index_step = depth * width;
+    p.y_stride = fold() * width, p.odd = width;
     p.index = lists.index, p.which = which, p.values = values, p.block = block;
     p.rows = rows, p.row_step = row_step, p.depth = depth, p.k_step = k_step;
     return p;
@@ -70,8 +84,10 @@ struct BlockedProduct {
     if (lists.begin >= lists.end) return;
     const int32_t* crow = blocks.lists.crow;
     const int64_t width = panels.width_of(i), step = std::max<int64_t>(1, kOutputs / blocks.rows);
-    T* result = Workspace::mine().get<T>(Workspace::kTile, step * blocks.rows * width);
+    const int64_t fold = blocks.fold(), stride = fold * width;
+    T* result = Workspace::mine().get<T>(Workspace::kTile, step * blocks.rows * stride);
     BsrProduct<T> p = blocks.product(panels.panel(i), width);
+    const auto kernel = fold == 2 ? blocks.kernels->columns : blocks.kernels->product;
     p.y = result;
     for (int64_t l = lists.begin; l < lists.end; l += step) {
       const int64_t first = l * blocks.rows;
@@ -79,12 +95,14 @@ struct BlockedProduct {
       p.bias = epilogue.bias ? epilogue.bias + first : nullptr;
       p.begin = crow + l;
       p.end = crow + l + 1;
-      blocks.kernels->product(p);
+      kernel(p);
       const int64_t count = std::min(p.lists * blocks.rows, blocks.outputs - first);
-      if (epilogue.activation != kNone) kernels<T>().activate(result, count * width, epilogue.activation);
+      if (epilogue.activation != kNone) kernels<T>().activate(result, count * stride, epilogue.activation);
       panels.each_line(i, [&](int64_t sample, int64_t line, int64_t lanes) {
-        kernels<T>().unpack[y.storage](
-            {result + line * kLanes<T>, width, y.at(sample, first), y.sample_stride, y.feature_stride, lanes, count});
+        for (int64_t half = 0; half < fold; ++half)
+          kernels<T>().unpack[y.storage]({result + half * width + line * kLanes<T>, stride,
+                                          y.at(fold * sample + half, first), fold * y.sample_stride, y.feature_stride,
+                                          lanes, count});
       });
     }
   }

@@ -15,17 +15,29 @@ inline bool have_pairs(const Matrix& m) { return have_pairs(m.storage) && m.feat
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(float) == 0; }
 
 // Whether neighbouring features, and weights, can be read as pairs where they lie.
-inline bool pairs_of_features(const Matrix& m, const Tensor& values) {
+inline bool features_pair(const Matrix& m, const Tensor& values) {
   const bool even = m.features % 2 == 0 && (m.samples <= 1 || m.sample_stride % 2 == 0);
   return have_pairs(m) && even && is_aligned(m.data) && is_aligned(values.const_data_ptr());
 }
 
-inline Matrix as_pairs(Matrix m) {
+inline Matrix pairs_of_features(Matrix m) {
   m.storage = kNative;
   m.bytes = sizeof(float);
   m.features /= 2;
   m.sample_stride /= 2;
   return m;
+}
+
+// Two neighbouring samples as one of pairs.
+inline Matrix pairs_of_samples(Matrix m) {
+  m.storage = kPairs, m.second = m.sample_stride;
+  m.sample_stride *= 2, m.samples /= 2;
+  return m;
+}
+
+// Whether blocks of one input can go by pairs of samples: an odd sample has no partner.
+inline bool pairs_in_columns(Storage storage, int64_t samples, int64_t rows, int64_t cols) {
+  return have_pairs(storage) && cols == 1 && rows % 8 == 0 && samples > 0 && samples % 2 == 0;
 }
 
 // values [blocks, R, C] as pairs of outputs, [blocks, R / 2, C].

@@ -32,6 +32,7 @@ struct Sheet {
   int bytes;
   int64_t n, c, h, w;
   int64_t stride_n, stride_c, stride_h, stride_w;
+  int64_t second = 0;  // of storage kPairs
 
   explicit Sheet(const Tensor& t)
       : data(static_cast<char*>(const_cast<void*>(t.const_data_ptr()))),
@@ -138,7 +139,7 @@ struct Grid {
     for (int64_t c = channels_span.begin; c < channels_span.end; ++c)
       kernels<T>().load[from.storage]({at(group, c, w.phase, w.a.begin * pitch + w.b.begin), pitch,
                                        from.at(first, c, y, x), from.stride_h * map.sh, from.stride_w * map.sw,
-                                       w.a.end - w.a.begin, w.b.end - w.b.begin});
+                                       w.a.end - w.a.begin, w.b.end - w.b.begin, from.second});
   }
 
   // Transposes channels by positions. A vector's unused lanes are written as zeros past the end of a row: into the
@@ -151,7 +152,7 @@ struct Grid {
         kernels<T>().pack[from.storage](
             {at(group, c, w.phase, a * pitch + b), channel_size(),
              from.at(first, c, map.row(a, w.phase), map.column(b, w.phase)), from.stride_w * map.sw, 1,
-             std::min<int64_t>(kLanes<T>, w.b.end - b), count});
+             std::min<int64_t>(kLanes<T>, w.b.end - b), count, from.second});
   }
 
   void fill_planes(const Sheet& from, int64_t group, int64_t first, int64_t count, Span channels_span,
@@ -166,11 +167,11 @@ struct Grid {
         void* source = from.at(first, c, map.row(a, w.phase), x);
         if (strided) {
           kernels<T>().pack[from.storage](
-              {stage, lanes, source, from.stride_n, 1, count, (length - 1) * map.sw + 1});
+              {stage, lanes, source, from.stride_n, 1, count, (length - 1) * map.sw + 1, from.second});
           for (int64_t b = 0; b < length; ++b) std::copy_n(stage + b * map.sw * lanes, lanes, to + b * lanes);
         } else {
           kernels<T>().pack[from.storage](
-              {to, lanes, source, from.stride_n, from.stride_w * map.sw, count, length});
+              {to, lanes, source, from.stride_n, from.stride_w * map.sw, count, length, from.second});
         }
       }
   }
@@ -182,7 +183,7 @@ struct Grid {
       for (int64_t b = w.b.begin; b < w.b.end; ++b)
         kernels<T>().pack[from.storage]({at(group, begin, w.phase, a * pitch + b), channel_size(),
                                          from.at(first, begin, map.row(a, w.phase), map.column(b, w.phase)),
-                                         from.stride_n, 1, count, channels_count});
+                                         from.stride_n, 1, count, channels_count, from.second});
   }
 };
 

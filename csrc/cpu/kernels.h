@@ -13,7 +13,8 @@ template <class T>
 constexpr int kLanes = 64 / sizeof(T);
 
 // How an element is stored in a user's tensor. Arithmetic is always in T (float or double).
-enum Storage { kNative = 0, kBFloat16 = 1, kHalf = 2 };
+// kPairs is only read: two bfloat16 that lie some way apart become the halves of one float.
+enum Storage { kNative = 0, kBFloat16 = 1, kHalf = 2, kPairs = 3 };
 
 // Y[row][0 .. lines) (+)= sum over p in [begin[row], end[row]) of values[p] * base[offset(index[p])]
 template <class T>
@@ -57,6 +58,7 @@ struct Transfer {
   void* tensor;
   int64_t lane_stride, step;
   int64_t lanes, count;
+  int64_t second = 0;  // of kPairs: from one bfloat16 to its partner
 };
 
 // `rows` rows of `count` elements: contiguous on the packed side, any strides on the tensor side.
@@ -67,6 +69,7 @@ struct Rows {
   void* tensor;
   int64_t row_stride, step;
   int64_t rows, count;
+  int64_t second = 0;  // as above
 };
 
 // dw[i][j] = sum over s of dy[s][i] * x[s][j] where mask[i][j], else exactly 0, for rows i in [first, last).
@@ -101,6 +104,7 @@ struct BsrProduct {
   int64_t lists;
   const T* bias;  // per output, or null
   T* y;
+  int64_t odd;  // of `columns` alone
 };
 
 // The widest panel, in samples.
@@ -131,6 +135,10 @@ struct BlockKernels {
   // panel[list * depth + k] for b in [begin[list], end[list]). `rows`, `which`, the steps and bias are not read.
   void (*spread)(const BsrProduct<T>&);
   void (*sddmm)(const BsrSddmm<T>&, int lanes);  // lanes: 1, 4, 8, ... at most vector_lanes
+  // Of pairs alone: the product of blocks of one input and 8, 16, ... outputs. values are bfloat16, the panel holds
+  // pairs of samples; the sums of the first of each pair go to y, those of the second `odd` further. `which`, the
+  // steps of a block and its depth are not read.
+  void (*columns)(const BsrProduct<T>&);
 };
 
 // One row of a pooled image: to[j] = the largest of from[r * row_stride + j * step + s - pad] over r < rows and
@@ -187,9 +195,9 @@ struct Kernels {
   void (*pool)(const Pool<T>&);
 
   // Indexed by Storage.
-  void (*pack[3])(const Transfer<T>&);    // unused lanes become zero
+  void (*pack[4])(const Transfer<T>&);    // unused lanes become zero
   void (*unpack[3])(const Transfer<T>&);  // unused lanes are not written
-  void (*load[3])(const Rows<T>&);        // tensor to packed
+  void (*load[4])(const Rows<T>&);        // tensor to packed
   void (*store[3])(const Rows<T>&);       // packed to tensor
   void (*gather[3])(T* to, const void* from, const int32_t* which, int64_t count);
   void (*masked_product)(const MaskedProduct<T>&);

@@ -1,5 +1,6 @@
 // The micro-kernels. Compiled once per instruction set; SPARSEKIT_ISA_TABLE names the table it exports.
 #include "bsr_activation.h"
+#include "bsr_columns.h"
 #include "bsr_product.h"
 #include "bsr_sddmm.h"
 #include "bsr_vector.h"
@@ -186,12 +187,52 @@ T sum(const T* from, int64_t count) {
 
 // ---- moving data between tensors and packed lines ---------------------------------------------------
 
+// How elements of a tensor are read as T.
+template <class T, class St>
+struct Reader {
+  using E = typename St::Element;
+  explicit Reader(int64_t) {}
+  SK_INLINE T get(const E* p) const { return St::get(*p); }
+  SK_INLINE typename Simd<T>::V load(const E* p) const { return St::load(p); }
+  SK_INLINE typename Simd<T>::V load_part(const E* p, int count) const {
+    return sparsekit::load_part<T, St>(p, count);
+  }
+};
+
+// Storage kPairs.
+struct Apart {
+  using Element = uint16_t;
+};
+
+template <>
+struct Reader<float, Apart> {
+  using S = Simd<float>;
+  int64_t second;
+
+  explicit Reader(int64_t second) : second(second) {}
+  SK_INLINE float get(const uint16_t* p) const { return from_bits(uint32_t(p[0]) | uint32_t(p[second]) << 16); }
+  SK_INLINE S::V load(const uint16_t* p) const { return load_part(p, S::width); }
+  SK_INLINE S::V load_part(const uint16_t* p, int count) const {
+#if defined(__AVX512F__)
+    const __mmask16 there = __mmask16((1u << count) - 1);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p + second));
+    return (S::V)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#else
+    float buffer[S::width] = {};
+    for (int i = 0; i < count; ++i) buffer[i] = get(p + i);
+    return S::load(buffer);
+#endif
+  }
+};
+
 template <class T, class St>
 void pack(const Transfer<T>& t) {
   using S = Simd<T>;
   using E = typename St::Element;
   constexpr int W = S::width;
   const E* tensor = static_cast<const E*>(t.tensor);
+  const Reader<T, St> in(t.second);
   for (int64_t g = 0; g < kLanes<T>; g += W) {
     const int lanes = int(t.lanes - g < 0 ? 0 : t.lanes - g < W ? t.lanes - g : W);
     const E* from = tensor + g * t.lane_stride;
@@ -201,10 +242,10 @@ void pack(const Transfer<T>& t) {
       int64_t j = 0;
       for (; j + W <= t.count; j += W) {
         if (lanes == W) {
-          SK_UNROLL for (int i = 0; i < W; ++i) row[i] = St::load(from + i * t.lane_stride + j);
+          SK_UNROLL for (int i = 0; i < W; ++i) row[i] = in.load(from + i * t.lane_stride + j);
         } else {
           SK_UNROLL for (int i = 0; i < W; ++i)
-            row[i] = i < lanes ? St::load(from + i * t.lane_stride + j) : typename S::V{};
+            row[i] = i < lanes ? in.load(from + i * t.lane_stride + j) : typename S::V{};
         }
         transpose<T>(row);
         SK_UNROLL for (int i = 0; i < W; ++i) S::store(to + (j + i) * t.packed_stride, row[i]);
@@ -212,7 +253,7 @@ void pack(const Transfer<T>& t) {
       if (j < t.count) {
         const int rest = int(t.count - j);
         SK_UNROLL for (int i = 0; i < W; ++i)
-          row[i] = i < lanes ? load_part<T, St>(from + i * t.lane_stride + j, rest) : typename S::V{};
+          row[i] = i < lanes ? in.load_part(from + i * t.lane_stride + j, rest) : typename S::V{};
         transpose<T>(row);
         SK_UNROLL for (int i = 0; i < W; ++i)
           if (i < rest) S::store(to + (j + i) * t.packed_stride, row[i]);
@@ -220,13 +261,13 @@ void pack(const Transfer<T>& t) {
     } else if (t.lane_stride == 1) {
       for (int64_t j = 0; j < t.count; ++j) {
         const E* x = from + j * t.step;
-        S::store(to + j * t.packed_stride, lanes == W ? St::load(x) : load_part<T, St>(x, lanes));
+        S::store(to + j * t.packed_stride, lanes == W ? in.load(x) : in.load_part(x, lanes));
       }
     } else {
       for (int64_t j = 0; j < t.count; ++j)
         for (int i = 0; i < W; ++i)
           to[j * t.packed_stride + i] =
-              i < lanes ? St::get(from[i * t.lane_stride + j * t.step]) : T(0);
+              i < lanes ? in.get(from + i * t.lane_stride + j * t.step) : T(0);
     }
   }
 }
@@ -269,15 +310,16 @@ void unpack(const Transfer<T>& t) {
 template <class T, class St>
 void load(const Rows<T>& t) {
   using S = Simd<T>;
+  const Reader<T, St> in(t.second);
   for (int64_t r = 0; r < t.rows; ++r) {
     const auto* from = static_cast<const typename St::Element*>(t.tensor) + r * t.row_stride;
     T* to = t.packed + r * t.packed_stride;
     int64_t i = 0;
     if (t.step == 1) {
-      for (; i + S::width <= t.count; i += S::width) S::store(to + i, St::load(from + i));
-      if (i < t.count) store_part<T, Native<T>>(to + i, load_part<T, St>(from + i, int(t.count - i)), int(t.count - i));
+      for (; i + S::width <= t.count; i += S::width) S::store(to + i, in.load(from + i));
+      if (i < t.count) store_part<T, Native<T>>(to + i, in.load_part(from + i, int(t.count - i)), int(t.count - i));
     } else {
-      for (; i < t.count; ++i) to[i] = St::get(from[i * t.step]);
+      for (; i < t.count; ++i) to[i] = in.get(from + i * t.step);
     }
   }
 }
@@ -344,12 +386,13 @@ void sddmm_any(const Sddmm<T>& args, int lines) {
 template <class T>
 constexpr BlockKernels<T> pair_kernels() {
 #if defined(__AVX512BF16__)
-  if constexpr (sizeof(T) == 4) return {block_product_any<Pairs>, block_spread_any<Pairs>, block_sddmm_any<Pairs>};
+  if constexpr (sizeof(T) == 4)
+    return {block_product_any<Pairs>, block_spread_any<Pairs>, block_sddmm_any<Pairs>, block_columns_of_pairs};
 #endif
   return {};
 }
 
-template <class T, class A, class B, class C>
+template <class T, class A, class B, class C, class D>
 constexpr Kernels<T> table() {
   constexpr int widest = kMaxVectors<T> / Simd<T>::per_line;
   return {widest,
@@ -360,16 +403,16 @@ constexpr Kernels<T> table() {
           dot<T>,
           advance,
           sum<T>,
-          {block_product_any<Numbers<T>>, block_spread_any<Numbers<T>>, block_sddmm_any<Numbers<T>>},
+          {block_product_any<Numbers<T>>, block_spread_any<Numbers<T>>, block_sddmm_any<Numbers<T>>, nullptr},
           pair_kernels<T>(),
           block_vector<T>,
           Simd<T>::width,
           interleave,
           activate<T>,
           pool<T>,
-          {pack<T, A>, pack<T, B>, pack<T, C>},
+          {pack<T, A>, pack<T, B>, pack<T, C>, pack<T, D>},
           {unpack<T, A>, unpack<T, B>, unpack<T, C>},
-          {load<T, A>, load<T, B>, load<T, C>},
+          {load<T, A>, load<T, B>, load<T, C>, load<T, D>},
           {store<T, A>, store<T, B>, store<T, C>},
           {gather<T, A>, gather<T, B>, gather<T, C>},
           masked_product<T>,
@@ -386,8 +429,8 @@ constexpr Kernels<T> table() {
 extern const Isa SK_CONCAT(isa_, SPARSEKIT_ISA_TABLE);
 const Isa SK_CONCAT(isa_, SPARSEKIT_ISA_TABLE) = {
     SK_STRING(SPARSEKIT_ISA_TABLE),
-    table<float, Native<float>, BFloat16, Half>(),
-    table<double, Native<double>, Native<double>, Native<double>>(),
+    table<float, Native<float>, BFloat16, Half, Apart>(),
+    table<double, Native<double>, Native<double>, Native<double>, Native<double>>(),
     {lanes_product<Native<float>>, lanes_product<BFloat16>, lanes_product<Half>, lanes_product<Int8>},
 };
 

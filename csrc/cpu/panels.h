@@ -14,6 +14,7 @@ struct Matrix {
   int bytes;
   int64_t samples, features;
   int64_t sample_stride, feature_stride;
+  int64_t second = 0;  // of storage kPairs
 
   explicit Matrix(const Tensor& t)
       : data(static_cast<char*>(const_cast<void*>(t.const_data_ptr()))),
@@ -77,7 +78,7 @@ struct Panels {
     for (int64_t f = span.begin; f < span.end; f += kRun)
       each_line(i, [&](int64_t sample, int64_t line, int64_t lanes) {
         kernels<T>().pack[from.storage]({panel(i) + f * width + line * L, width, from.at(sample, f), from.sample_stride,
-                                         from.feature_stride, lanes, std::min(kRun, span.end - f)});
+                                         from.feature_stride, lanes, std::min(kRun, span.end - f), from.second});
       });
   }
 
