@@ -95,7 +95,7 @@ def build(mode: str, sources: list[Path], name: str, options: Sequence[str] = ()
         return _produce("o", f"{mode}-{source.stem}{''.join(options)}", command, _headers() + source.read_bytes())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [ROOT / "csrc/emulate/emu.cpp", *sources]))
+        objects = list(pool.map(compile_one, [*sorted(ROOT.glob("csrc/emulate/*.cpp")), *sources]))
     command = [COMPILER, "-shared", *flags, *map(str, objects)]
     return _produce("so", f"{mode}-lib-{name}", command, b"")
 

@@ -22,24 +22,10 @@ void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
 void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-void __tsan_acquire(void* address);
-void __tsan_release(void* address);
 }
 #endif
 
 namespace emu {
-
-// What happens after acquire(a) comes after everything that any thread did before its release(a).
-inline void acquire([[maybe_unused]] void* address) {
-#if defined(EMU_TSAN)
-  __tsan_acquire(address);
-#endif
-}
-inline void release([[maybe_unused]] void* address) {
-#if defined(EMU_TSAN)
-  __tsan_release(address);
-#endif
-}
 
 #if defined(EMU_ASAN) || defined(EMU_TSAN)
 constexpr size_t kStack = 256 << 10;
