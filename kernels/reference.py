@@ -87,11 +87,19 @@ def image(result: Tensor, like: Tensor) -> Tensor:
 
 def csr_conv2d(
     x, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups,
-    code_key=None, activation="none",
+    code_key=None, activation="none", skip=None,
 ):  # fmt: skip
     cols = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
     weight = _conv_weight(csr_dense(values, crow_indices, col_indices, cols), x.shape[1], kernel_size, groups)
-    return image(activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation), x)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if skip is not None:
+        if skip.shape != y.shape or skip.dtype != y.dtype:
+            raise ValueError(
+                f"csr_conv2d: Expected skip of shape {list(y.shape)} and dtype {y.dtype}, "
+                f"got {list(skip.shape)} of {skip.dtype}"
+            )
+        y = y + skip
+    return image(activate(y, activation), x)
 
 
 def csr_conv2d_t(

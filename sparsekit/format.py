@@ -65,6 +65,9 @@ class Format(ABC):
     epilogue: tuple[str, ...] = ()
     """Activations that ``linear`` and ``conv2d`` take as a last argument and apply for free."""
 
+    adds = False
+    """Whether ``conv2d`` takes, after the activation, a tensor like its result to add before it (on the CPU)."""
+
     @abstractmethod
     def index(self, mask: Tensor, groups: int = 1) -> dict[str, Tensor]:
         """The saved index tensors of a bool mask; ``groups`` are those of a convolution."""

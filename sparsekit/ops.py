@@ -108,7 +108,7 @@ def _output_size(x, kernel_size, stride, padding, dilation):
 @_fake
 def csr_conv2d(
     x, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups,
-    code_key=None, activation="none",
+    code_key=None, activation="none", skip=None,
 ):  # fmt: skip
     size = _output_size(x, kernel_size, stride, padding, dilation)
     return _image(x, x.shape[0], crow_indices.shape[0] - 1, *size)

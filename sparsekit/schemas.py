@@ -15,6 +15,7 @@ Vocabulary
     ``code_key int64 [2]`` (on the CPU, optional) names the content of ``crow_indices, col_indices``: machine code made
     for a mask is kept under it, and one key must never name two masks. The CPU alone reads it.
     ``csr_chain`` is ``csr_linear`` of one layer after the other, an entry of each list per layer.
+    ``csr_conv2d`` adds ``skip``, of the shape and dtype of its result, before the activation.
 
     ``bsr_*``, ``panel_*``: ``values [blocks, R, C]`` are blocks of R outputs by C inputs of one tap (kernel
     position) and group; with ``rows = ceil(out / groups / R)``, ``cols = ceil(in / groups / C)``, ``taps = kh * kw``:
@@ -92,7 +93,7 @@ SCHEMAS = {
     ),
     "csr_conv2d": (
         "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, "
-        f'int[2] kernel_size, {_CONV}, Tensor? code_key=None, str activation="none") -> Tensor'
+        f'int[2] kernel_size, {_CONV}, Tensor? code_key=None, str activation="none", Tensor? skip=None) -> Tensor'
     ),
     "csr_conv2d_t": (
         f"(Tensor dy, Tensor values, {_T}, int[2] input_size, int[2] kernel_size, {_CONV}) -> Tensor"

@@ -44,10 +44,11 @@ def make(shape, density=0.3, seed=0):
     return torch.randn(shape, generator=generator) * mask, mask, index
 
 
-def conv(x, weight, mask, index, bias=None, activation="none", stride=1, padding=0, dilation=1, key=True):
+def conv(x, weight, mask, index, bias=None, activation="none", stride=1, padding=0, dilation=1, key=True, skip=None):
     pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
     code_key = layout.code_key(*index.values()) if key is True else key
-    return ops.csr_conv2d(x, weight[mask], *index.values(), bias, mask.shape[2:], *pairs, 1, code_key, activation)
+    how = *pairs, 1, code_key, activation, skip
+    return ops.csr_conv2d(x, weight[mask], *index.values(), bias, mask.shape[2:], *how)
 
 
 def gradient(dy, x, weight, mask, index, stride=1, padding=0, dilation=1, key=True, needs=(True, True, True)):
@@ -112,6 +113,21 @@ def test_activations(activation, key):
     layer, x = make((40, 64, 1, 1)), randn(3, 64, 20, 20)[1:]  # read and written in place
     expected = getattr(F, activation)(F.conv2d(x.double(), layer[0].double(), bias.double()))
     check(conv(x, *layer, bias, activation, key=key), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_added_is_added_before_the_activation(case):
+    n, shape, size, how = CASES[case]
+    layer, bias, x = make(shape), randn(shape[0], seed=3), randn(n, shape[1], *size)
+    for form in (torch.contiguous_format, torch.channels_last):
+        plain = conv(x.contiguous(memory_format=form), *layer, bias, **how)
+        for skip in (randn(*plain.shape, seed=6), randn(*plain.shape, seed=6).contiguous(memory_format=form)):
+            for activation, function in (("none", torch.clone), ("relu", torch.relu), ("silu", F.silu)):
+                poison(plain)
+                got = conv(x.contiguous(memory_format=form), *layer, bias, activation, **how, skip=skip)
+                assert got.stride() == plain.stride()
+                wanted = function(plain + skip)
+                assert torch.equal(got, wanted) or (activation == "silu" and torch.allclose(got, wanted, atol=1e-6))
 
 
 def test_code_is_really_used_and_gives_other_bits_than_the_kernels():

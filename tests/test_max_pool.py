@@ -16,7 +16,7 @@ def pairs(window):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_numbers_are_those_of_torch(window, dtype):
-    for size in ((1, 5, 5), (3, 7, 112), (2, 33, 34), (16, 40, 16), (5, 64, 65)):
+    for size in ((1, 5, 5), (3, 7, 112), (2, 33, 34), (16, 40, 16), (5, 64, 65), (9, 6, 14), (1, 4, 4)):
         x = randn(2, *size, dtype=dtype)
         x[0, 0, 2, 3], x[-1, -1, -1, -1], x[1, 0] = float("nan"), float("inf"), -float("inf")
         expected = F.max_pool2d(x, *pairs(window))
@@ -26,14 +26,26 @@ def test_numbers_are_those_of_torch(window, dtype):
         assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(), expected.nan_to_num())
 
 
-def test_threads_change_nothing():
-    x, before = randn(3, 50, 60, 61), torch.get_num_threads()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_windows_of_two_by_two(dtype):
+    for height, width in ((2, 2), (4, 4), (2, 6), (8, 8), (6, 14), (4, 16), (2, 20), (4, 32), (2, 58), (2, 64)):
+        x = randn(3, 13, height, width, dtype=dtype)
+        x[0, 0, 1, 1], x[-1, -1, -1, -1], x[1, 0] = float("nan"), float("nan"), -float("inf")
+        expected = F.max_pool2d(x, 2)
+        poison(expected)
+        got = ops.max_pool2d(x, *pairs((2, 2, 0)))
+        assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0)], ids=str)
+def test_threads_change_nothing(window):
+    x, before = randn(3, 50, 60, 60), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        got = ops.max_pool2d(x, *pairs((3, 2, 1)))
+        got = ops.max_pool2d(x, *pairs(window))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(got, F.max_pool2d(x, 3, 2, 1))
+    assert torch.equal(got, F.max_pool2d(x, *window))
 
 
 @pytest.mark.parametrize(

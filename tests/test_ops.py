@@ -65,7 +65,10 @@ def conv_calls(n, out, inputs, size, kernel, stride=(1, 1), padding=(0, 0), dila
     y = torch.nn.functional.conv2d(x, torch.zeros(shape), None, stride, padding, dilation, groups)
     dy = torch.randn_like(y)
     return {
-        "csr_conv2d": [(x, values, *csr, b, *conv, groups) for b in (bias, None)],
+        "csr_conv2d": [
+            (x, values, *csr, bias, *conv, groups),
+            (x, values, *csr, None, *conv, groups, None, "relu", dy),
+        ],
         "csr_conv2d_t": [(dy, values, *csc, list(size), *conv, groups)],
         "csr_conv2d_sddmm": [(dy, x, *csr, *conv, groups)],
         "csr_conv2d_backward": [

@@ -5,10 +5,10 @@
 namespace sparsekit {
 namespace {
 
-// When code pays, in nanoseconds as measured on Zen 4: per line it saves some for every survivor, which must make up
-// for each activation loaded and for fetching the code itself, once per call; from farther away when a training step
-// ran in between.
-constexpr double kSaved = 0.12, kLoad = 0.2, kFetchByte = 0.05, kTrainingFactor = 2.0;
+// When code pays, in nanoseconds as measured on Zen 4: per line it saves some for every survivor (more where lines of
+// activations are not aligned, which code loads once for many), which must make up for each activation loaded and for
+// fetching the code itself, once per call; from farther away when a training step ran in between.
+constexpr double kSaved = 0.14, kSavedApart = 0.25, kLoad = 0.2, kFetchByte = 0.05, kTrainingFactor = 2.0;
 constexpr double kMostCode = 8 << 20;
 constexpr int64_t kNowhere = -1000;
 constexpr int64_t kSurvivorBytes = 7, kLoadBytes = 10, kPieceBytes = 24 << 10;
@@ -29,7 +29,8 @@ bool pays(const Tensor& key, const Grid<float>& grid, int64_t nnz, int64_t rows,
   // Places are compiled in as 32 bits of bytes.
   if (nnz == 0 || code_available() != "yes" || grid.size() >= int64_t(1) << 29) return false;
   const double loads = loads_of(nnz, rows, columns), bytes = kSurvivorBytes * double(nnz) + kLoadBytes * loads;
-  const double gain = kSaved * double(nnz) - kLoad * (loads - 0.5 * double(nnz));
+  const double saved = grid.lanes == 1 ? kSavedApart : kSaved;
+  const double gain = saved * double(nnz) - kLoad * (loads - 0.5 * double(nnz));
   return bytes <= kMostCode && double(lines) * gain > fetch * bytes;
 }
 
@@ -79,7 +80,9 @@ ConvCode::ConvCode(const Lists& mask, const Geometry& geometry, const CodeSource
   blocks_ = (rows_ + block_rows_ - 1) / block_rows_;
   const int64_t columns = int64_t(source.of_column.size());
   const int64_t bytes = int64_t(kSurvivorBytes * double(lists.nnz) + kLoadBytes * loads_of(lists.nnz, rows_, columns));
-  chunks_ = std::clamp<int64_t>(bytes / (blocks_ * kPieceBytes), 1, columns);
+  // Small pieces read few inputs; where lines are whole groups of samples, these are large and should stay in L1.
+  const int64_t piece = geometry.lanes == 1 ? kPieceBytes : kPieceBytes / 2;
+  chunks_ = std::clamp<int64_t>(bytes / (blocks_ * piece), 1, columns);
   const int64_t chunk = (columns + chunks_ - 1) / chunks_;
   chunks_ = (columns + chunk - 1) / chunk;
 

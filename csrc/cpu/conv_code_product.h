@@ -13,7 +13,7 @@ struct CodeProduct {
   const float* values;
   const float* bias;
   const Target<float>& target;
-  Activation activation;
+  Ending<float> ending;
   double cost;  // of a line
 
   static double line_cost(int64_t nnz, int64_t rows) { return 0.25 * double(nnz) + 1.6 * double(rows); }
@@ -42,8 +42,7 @@ struct CodeProduct {
     for (int64_t b = all.begin; b < all.end; b += step) {
       const Span blocks{b, std::min(all.end, b + step)}, rows{code.row(blocks.begin), code.row(blocks.end)};
       code.run(blocks, grid.at(group, 0, 0, 0), starts.data(), lines, values, bias, tile);
-      activate_rows(tile, rows.end - rows.begin, pitch, lines, activation);
-      target.store(tile, pitch, rows, piece);
+      ending.store(target, tile, pitch, lines, rows, piece);
     }
   }
 };
@@ -55,11 +54,12 @@ struct PointwiseProduct {
   const Sheet& y;
   const float* values;
   const float* bias;
-  Activation activation;
+  Ending<float> ending;
   double cost;  // of a line
 
-  static bool fits(const Conv& c, const Sheet& x) {
+  static bool fits(const Conv& c, const Sheet& x, const Sheet* skip) {
     const bool dense = x.stride_w == 1 && x.stride_h == x.w && x.stride_c == x.h * x.w && x.storage == kNative;
+    if (skip != nullptr && (skip->stride_w != 1 || skip->stride_h != x.w)) return false;
     // Channels 4 KB apart would fall into one set of the cache.
     return c.taps() == 1 && c.phases() == 1 && c.ph == 0 && c.pw == 0 && c.groups == 1 && dense &&
            x.h * x.w % kLanes<float> == 0 && x.h * x.w % 1024 != 0;
@@ -92,9 +92,13 @@ struct PointwiseProduct {
     for (int64_t i = 0; i < count; ++i) starts[i] = int32_t(i * kLanes<float>);
     float* to = static_cast<float*>(y.at(n, row, 0, 0)) + first;
     code.run(blocks, static_cast<const float*>(x.at(n, 0, 0, 0)) + first, starts, count, values, bias, to);
-    if (activation == kNone) return;
-    for (int64_t r = row; r < code.row(blocks.end); ++r)
-      kernels<float>().activate(to + (r - row) * y.stride_c, count * kLanes<float>, activation);
+    for (int64_t r = row; r < code.row(blocks.end); ++r) {
+      float* plane = to + (r - row) * y.stride_c;
+      if (ending.skip != nullptr)
+        kernels<float>().add[kNative](plane, static_cast<float*>(ending.skip->at(n, r, 0, 0)) + first, 1,
+                                      count * kLanes<float>);
+      if (ending.activation != kNone) kernels<float>().activate(plane, count * kLanes<float>, ending.activation);
+    }
   }
 };
 

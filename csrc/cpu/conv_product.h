@@ -129,6 +129,49 @@ void activate_rows(T* tile, int64_t rows, int64_t stride, int64_t lines, Activat
   for (int64_t r = 0; r < rows; ++r) kernels<T>().activate(tile + r * stride, lines * kLanes<T>, activation);
 }
 
+// y = activation(y + skip), of some channels, rows and samples, after they were stored: they are still in a cache.
+template <class T>
+void add_skip(const Sheet& y, const Sheet& skip, Span channels, Span rows, Span samples, Activation activation) {
+  const auto add = [&](int64_t n, int64_t c, int64_t a, int64_t b, int64_t step, int64_t count) {
+    void* to = y.at(n, c, a, b);
+    kernels<T>().add[y.storage](to, skip.at(n, c, a, b), step, count);
+    if (activation == kNone) return;
+    if (y.storage == kNative) return kernels<T>().activate(static_cast<T*>(to), count, activation);
+    T* stage = Workspace::mine().get<T>(Workspace::kStage, count);
+    kernels<T>().load[y.storage]({stage, 0, to, 0, 1, 1, count});
+    kernels<T>().activate(stage, count, activation);
+    kernels<T>().store[y.storage]({stage, 0, to, 0, 1, 1, count});
+  };
+  const int64_t height = rows.end - rows.begin, count = channels.end - channels.begin;
+  const bool whole = skip.stride_w == 1 && skip.stride_h == y.w && y.stride_h == y.w;
+  for (int64_t n = samples.begin; n < samples.end; ++n)
+    if (y.channels_last()) {
+      for (int64_t a = rows.begin; a < rows.end; ++a)
+        for (int64_t b = 0; b < y.w; ++b) add(n, channels.begin, a, b, skip.stride_c, count);
+    } else {
+      for (int64_t c = channels.begin; c < channels.end; ++c)
+        if (whole) add(n, c, rows.begin, 0, 1, height * y.w);
+        else
+          for (int64_t a = rows.begin; a < rows.end; ++a) add(n, c, a, 0, skip.stride_w, y.w);
+    }
+}
+
+// What becomes of sums: activated, or with something added to them before that.
+template <class T>
+struct Ending {
+  Activation activation = kNone;
+  const Sheet* skip = nullptr;
+
+  // Stores rows [rows) of a product, of a strip's `lines` lines each.
+  void store(const Target<T>& target, T* tile, int64_t stride, int64_t lines, Span rows,
+             const typename Target<T>::Piece& piece) const {
+    if (skip == nullptr) activate_rows(tile, rows.end - rows.begin, stride, lines, activation);
+    target.store(tile, stride, rows, piece);
+    if (skip != nullptr)
+      add_skip<T>(target.sheet, *skip, rows, piece.a, {piece.first, piece.first + piece.count}, activation);
+  }
+};
+
 // target = table x grid for one block.
 template <class T>
 struct BlockProduct {
@@ -137,7 +180,7 @@ struct BlockProduct {
   const Strips<T>& strips;
   const T* bias;
   const Target<T>& target;
-  Activation activation = kNone;
+  Ending<T> ending{};
 
   void run(const Batch& batch, int64_t first, int64_t groups) const {
     const double cost = product_cost(table, strips, groups) + store_cost(strips, groups, table.rows);
@@ -167,8 +210,7 @@ struct BlockProduct {
           p.accumulate = true;
         }
       });
-      activate_rows(tile, rows.end - rows.begin, stride, strips.strip_lines(), activation);
-      target.store(tile, stride, rows, piece);
+      ending.store(target, tile, stride, strips.strip_lines(), rows, piece);
     }
   }
 };

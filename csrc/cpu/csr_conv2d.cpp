@@ -23,12 +23,21 @@ Strips<T> prepare(Layout<T>& layout, const Conv& c) {
   return Strips<T>::for_product(layout.batch.lanes, c.oh, c.ow, layout.x.pitch);
 }
 
+// A kernel of one tap reads every sh-th row and sw-th column alone: those are its image, without a stride.
+Sheet read_by_one_tap(Conv& c, Sheet x) {
+  x.h = c.h = c.oh, x.w = c.w = c.ow;
+  x.stride_h *= c.sh, x.stride_w *= c.sw;
+  c.sh = c.sw = 1;
+  return x;
+}
+
 template <class T>
-Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, const Lists& lists, const T* bias,
-               const std::optional<Tensor>& key, Activation activation) {
+Tensor forward(Conv c, const Tensor& x_tensor, const Tensor& values, const Lists& lists, const T* bias,
+               const std::optional<Tensor>& key, const Ending<T>& ending) {
   Tensor out = new_image(x_tensor, c.n, c.out, c.oh, c.ow);
   if (out.numel() == 0) return out;
-  const Sheet x(x_tensor);
+  const bool apart = c.taps() == 1 && c.phases() > 1 && c.ph == 0 && c.pw == 0;
+  const Sheet x = apart ? read_by_one_tap(c, Sheet(x_tensor)) : Sheet(x_tensor);
   const auto run = [&](Layout<T>& layout, const auto& product) {
     layout.batch.each_block([&](int64_t first, int64_t groups) {
       fill_grid(layout.x, x, layout.batch, first, groups);
@@ -40,12 +49,12 @@ Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, cons
   if constexpr (std::is_same_v<T, float>) {
     if (key.has_value() && key->defined() && c.groups == 1 && x.storage == kNative) {
       const double cost = CodeProduct::line_cost(lists.nnz, lists.rows);
-      if (PointwiseProduct::fits(c, x)) {
+      if (PointwiseProduct::fits(c, x, ending.skip)) {
         const Grid<float> planes = PointwiseProduct::planes(x);
         const int64_t all = c.n * PointwiseProduct::lines(x);
         if (const auto code = ConvCode::find_forward(*key, c, planes, lists, planes.plane, all)) {
           const Sheet y(out);
-          PointwiseProduct{*code, x, y, values_as<T>(values), bias, activation, cost}.run();
+          PointwiseProduct{*code, x, y, values_as<T>(values), bias, ending, cost}.run();
           return out;
         }
       }
@@ -54,8 +63,8 @@ Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, cons
       const int64_t lines = (c.n + layout.batch.lanes - 1) / layout.batch.lanes * strips.count() * strips.strip_lines();
       if (const auto code = ConvCode::find_forward(*key, c, layout.x, lists, CodeProduct::stride(strips), lines))
         return run(layout, [&](const Target<T>& target, const Batch& batch, int64_t first, int64_t groups) {
-          CodeProduct{*code, layout.x, strips, values_as<T>(values), bias, target, activation, cost}.run(batch, first,
-                                                                                                       groups);
+          CodeProduct{*code, layout.x, strips, values_as<T>(values), bias, target, ending, cost}.run(batch, first,
+                                                                                                   groups);
         });
     }
   }
@@ -64,7 +73,7 @@ Tensor forward(const Conv& c, const Tensor& x_tensor, const Tensor& values, cons
   const auto table =
       forward_table<T>(c, layout.x, lists, values_as<T>(values), strips.widest(), worth(key, layout, strips));
   return run(layout, [&](const Target<T>& target, const Batch& batch, int64_t first, int64_t groups) {
-    BlockProduct<T>{table, layout.x, strips, bias, target, activation}.run(batch, first, groups);
+    BlockProduct<T>{table, layout.x, strips, bias, target, ending}.run(batch, first, groups);
   });
 }
 
@@ -157,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Conv& c, const Tensor& dy_ten
       if constexpr (std::is_same_v<T, float>)
         if (code != nullptr) {
           const double cost = CodeProduct::line_cost(t_lists.nnz, c.in * c.phases());
-          CodeProduct{*code, layout.dy, *t_strips, values_as<T>(*values), nullptr, *target, kNone, cost}.run(
+          CodeProduct{*code, layout.dy, *t_strips, values_as<T>(*values), nullptr, *target, {}, cost}.run(
               layout.batch, first, groups);
         }
       const double dv_cost = need.dvalues ? product_cost(*table, strips, groups) : 0;
@@ -213,7 +222,7 @@ const int32_t* check_transpose(const char* op, const Conv& c, const Lists& t_lis
 
 Tensor csr_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias, Ints kernel_size,
                   Ints stride, Ints padding, Ints dilation, int64_t groups, std::optional<Tensor> code_key,
-                  std::string activation) {
+                  std::string activation, std::optional<Tensor> skip) {
   constexpr const char* op = "csr_conv2d";
   Conv c = geometry(op, kernel_size, stride, padding, dilation, groups);
   const Lists lists = check_lists(op, "crow_indices", crow, "col_indices", col);
@@ -221,10 +230,20 @@ Tensor csr_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, std::optiona
   check_same_dtype(op, "values", values, "x", x);
   check_vector(op, "values", values, lists.nnz);
   const Activation kind = activation_of(op, activation);
+  std::optional<Sheet> added;
+  if (skip.has_value() && skip->defined()) {
+    check_same_dtype(op, "skip", *skip, "x", x);
+    STD_TORCH_CHECK(skip->dim() == 4 && skip->size(0) == c.n && skip->size(1) == c.out && skip->size(2) == c.oh &&
+                        skip->size(3) == c.ow,
+                    op, ": Expected skip of shape [", c.n, ", ", c.out, ", ", c.oh, ", ", c.ow, "], got ",
+                    shape_of(*skip));
+    added.emplace(*skip);
+  }
   return with_compute_type(x, [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> copy;
-    return forward<T>(c, x, values, lists, bias_as<T>(op, bias, x, lists.rows, copy), code_key, kind);
+    return forward<T>(c, x, values, lists, bias_as<T>(op, bias, x, lists.rows, copy), code_key,
+                      Ending<T>{kind, added ? &*added : nullptr});
   });
 }
 

@@ -193,12 +193,16 @@ struct Kernels {
   void (*interleave)(const uint16_t* from, int64_t second, int64_t step, void* to, int64_t rows, int64_t count);
   void (*activate)(T*, int64_t count, Activation);
   void (*pool)(const Pool<T>&);
+  // to[r][j] = the largest of from[2 r .. 2 r + 1][2 j .. 2 j + 1] of rows of 2 * half elements; NaN wins
+  void (*pool_pairs)(const T* from, T* to, int64_t rows, int64_t half);
 
   // Indexed by Storage.
   void (*pack[4])(const Transfer<T>&);    // unused lanes become zero
   void (*unpack[3])(const Transfer<T>&);  // unused lanes are not written
   void (*load[4])(const Rows<T>&);        // tensor to packed
   void (*store[3])(const Rows<T>&);       // packed to tensor
+  // y[i] += x[i * step], two tensors of one storage
+  void (*add[3])(void* y, const void* x, int64_t step, int64_t count);
   void (*gather[3])(T* to, const void* from, const int32_t* which, int64_t count);
   void (*masked_product)(const MaskedProduct<T>&);
   void (*clear_pruned)(T* grad, const uint8_t* mask, int64_t count);  // exactly 0 where the mask is

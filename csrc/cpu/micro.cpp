@@ -307,6 +307,36 @@ void unpack(const Transfer<T>& t) {
   }
 }
 
+// to[i] = from[2 * i] for as many as whole vectors hold; the number of them.
+template <class T>
+int64_t load_halves(T* to, const T* from, int64_t count) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  using Lanes = typename MakeSeq<W>::type;
+  int64_t i = 0;
+  for (; i + W < count; i += W)  // not the last ones: the second vector ends past them
+    S::store(to + i, shuffle<Runs<1, 0>>(S::load(from + 2 * i), S::load(from + 2 * i + W), Lanes{}));
+  if (const int rest = int(2 * (count - i) - 1); rest > 0) {
+    const int first = rest < W ? rest : W;
+    const auto a = load_part<T, Native<T>>(from + 2 * i, first);
+    const auto b = load_part<T, Native<T>>(from + 2 * i + first, rest - first);
+    store_part<T, Native<T>>(to + i, shuffle<Runs<1, 0>>(a, b, Lanes{}), int(count - i));
+  }
+  return count;
+}
+
+template <class T, class St>
+void add(void* y, const void* x, int64_t step, int64_t count) {
+  using S = Simd<T>;
+  using E = typename St::Element;
+  E* to = static_cast<E*>(y);
+  const E* from = static_cast<const E*>(x);
+  int64_t i = 0;
+  if (step == 1)
+    for (; i + S::width <= count; i += S::width) St::store(to + i, St::load(to + i) + St::load(from + i));
+  for (; i < count; ++i) to[i] = St::put(St::get(to[i]) + St::get(from[i * step]));
+}
+
 template <class T, class St>
 void load(const Rows<T>& t) {
   using S = Simd<T>;
@@ -319,6 +349,8 @@ void load(const Rows<T>& t) {
       for (; i + S::width <= t.count; i += S::width) S::store(to + i, in.load(from + i));
       if (i < t.count) store_part<T, Native<T>>(to + i, in.load_part(from + i, int(t.count - i)), int(t.count - i));
     } else {
+      if constexpr (sizeof(*from) == sizeof(T))
+        if (t.step == 2) i = load_halves<T>(to, from, t.count);
       for (; i < t.count; ++i) to[i] = in.get(from + i * t.step);
     }
   }
@@ -410,10 +442,12 @@ constexpr Kernels<T> table() {
           interleave,
           activate<T>,
           pool<T>,
+          pool_pairs<T>,
           {pack<T, A>, pack<T, B>, pack<T, C>, pack<T, D>},
           {unpack<T, A>, unpack<T, B>, unpack<T, C>},
           {load<T, A>, load<T, B>, load<T, C>, load<T, D>},
           {store<T, A>, store<T, B>, store<T, C>},
+          {add<T, A>, add<T, B>, add<T, C>},
           {gather<T, A>, gather<T, B>, gather<T, C>},
           masked_product<T>,
           clear_pruned<T>};

@@ -8,14 +8,69 @@ namespace {
 // The larger of two, NaN if one is.
 template <class V>
 SK_INLINE V larger(V a, V b) {
+#if defined(__AVX512F__)  // the instruction returns b where either is NaN
+  if constexpr (sizeof(a[0]) == 4) {
+    const __m512 x = (__m512)a;
+    return (V)_mm512_mask_mov_ps(_mm512_max_ps(x, (__m512)b), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+  }
+#endif
   return (a > b) | (a != a) ? a : b;
 }
+SK_INLINE float larger(float a, float b) { return (a > b) | (a != a) ? a : b; }
+SK_INLINE double larger(double a, double b) { return (a > b) | (a != a) ? a : b; }
 
-// Every second lane of a and b side by side.
-template <int W>
-struct Even {
-  static constexpr int at(int lane) { return 2 * lane; }
-};
+// The larger halves of each run of 2H lanes of a and b.
+template <class T, int H, class V>
+SK_INLINE V larger_halves(V a, V b) {
+  using Lanes = typename MakeSeq<Simd<T>::width>::type;
+  return larger(shuffle<Runs<H, 0>>(a, b, Lanes{}), shuffle<Runs<H, 1>>(a, b, Lanes{}));
+}
+
+// Windows of two by two in rows of 2H elements, H less than a vector: rows lie side by side in one.
+template <class T, int H>
+int64_t pool_narrow(const T* from, T* to, int64_t count) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) {
+    const T* x = from + 4 * i;
+    const auto a = larger_halves<T, 1>(S::load(x), S::load(x + W));
+    const auto b = larger_halves<T, 1>(S::load(x + 2 * W), S::load(x + 3 * W));
+    S::store(to + i, larger_halves<T, H>(a, b));
+  }
+  return i;
+}
+
+template <class T, int H = Simd<T>::width / 2>
+int64_t pool_narrow(const T* from, T* to, int64_t half, int64_t count) {
+  if (half == H) return pool_narrow<T, H>(from, to, count);
+  if constexpr (H > 1) return pool_narrow<T, H / 2>(from, to, half, count);
+  return 0;
+}
+
+// to[r][j] = the largest of from[2 r .. 2 r + 1][2 j .. 2 j + 1]; rows of `half` and twice as many elements.
+template <class T>
+void pool_pairs(const T* from, T* to, int64_t rows, int64_t half) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  const int64_t done = half < W ? pool_narrow<T>(from, to, half, rows * half) / half : 0;
+  for (int64_t r = done; r < rows; ++r) {
+    const T *top = from + 4 * r * half, *bottom = top + 2 * half;
+    T* row = to + r * half;
+    int64_t j = 0;
+    for (; j + W <= half; j += W) {
+      const auto a = larger(S::load(bottom + 2 * j), S::load(top + 2 * j));
+      const auto b = larger(S::load(bottom + 2 * j + W), S::load(top + 2 * j + W));
+      S::store(row + j, larger_halves<T, 1>(a, b));
+    }
+    if (j == half) continue;
+    const int rest = int(2 * (half - j)), first = rest < W ? rest : W;
+    const auto part = [&](int64_t at, int n) __attribute__((always_inline)) {
+      return larger(load_part<T, Native<T>>(bottom + 2 * j + at, n), load_part<T, Native<T>>(top + 2 * j + at, n));
+    };
+    store_part<T, Native<T>>(row + j, larger_halves<T, 1>(part(0, first), part(W, rest - first)), rest / 2);
+  }
+}
 
 template <class T>
 void pool(const Pool<T>& p) {
@@ -41,15 +96,17 @@ void pool(const Pool<T>& p) {
 
   int64_t j = 0;
   if (p.step <= 2) {
-    for (; j + W <= p.count; j += W) {
+    for (; j < p.count; j += W) {
       const T* at = p.line + j * p.step;
       V most = S::splat(nothing);
       for (int64_t s = 0; s < p.window; ++s) {
         const V a = S::load(at + s);
-        most = larger(p.step == 1 ? a : shuffle<Even<W>>(a, S::load(at + s + W), Lanes{}), most);
+        most = larger(p.step == 1 ? a : shuffle<Runs<1, 0>>(a, S::load(at + s + W), Lanes{}), most);
       }
-      S::store(p.to + j, most);
+      if (j + W <= p.count) S::store(p.to + j, most);
+      else store_part<T, Native<T>>(p.to + j, most, int(p.count - j));
     }
+    return;
   }
   for (; j < p.count; ++j) {
     T most = nothing;

@@ -54,6 +54,12 @@ struct Halves {
   }
 };
 
+// Of a and b seen as runs of 2H lanes: the first halves (Half = 0) or the second halves (1) of all runs, side by side.
+template <int H, int Half>
+struct Runs {
+  static constexpr int at(int lane) { return lane / H * 2 * H + Half * H + lane % H; }
+};
+
 template <class Pick, class V, int... I>
 SK_INLINE V shuffle(V a, V b, Seq<I...>) {
   return __builtin_shufflevector(a, b, Pick::at(I)...);

@@ -52,9 +52,9 @@ Tensor product(const Tensor& x, const Tensor& values, const Maybe& bias, const L
   }
   static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
                                      IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, const Maybe&,
-                                     c10::string_view)>("sparsekit::csr_conv2d");
+                                     c10::string_view, const Maybe&)>("sparsekit::csr_conv2d");
   return op.call(x, values, i[l.kCrow], i[l.kCol], bias, l.pair(0), l.pair(1), l.pair(2), l.pair(3), l.conv[8],
-                 i[l.kKey], activation);
+                 i[l.kKey], activation, Maybe());
 }
 
 Three gradients(const Tensor& dy, const Tensor& x, const Tensor& values, const Layer& l, std::array<bool, 3> needs) {

@@ -23,6 +23,7 @@ class Csr(Format):
     name = "csr"
     derived_names = ("t_crow", "t_row", "t_perm", "code_key")
     epilogue = ("relu", "gelu", "silu")
+    adds = True
     index_names = ("crow_indices", "col_indices", "code_key", "t_crow", "t_row", "t_perm")
 
     def index(self, mask, groups=1):
@@ -74,8 +75,9 @@ class Csr(Format):
             index = _without_transpose(index)
         return _ops.csr_linear_backward.default(dy, x, values, *index[:2], *index[3:], *needs, index[2])
 
-    def conv2d(self, x, values, bias, index, shape, conv, activation="none"):
-        return _ops.csr_conv2d.default(x, values, index[0], index[1], bias, shape[2:], *conv, index[2], activation)
+    def conv2d(self, x, values, bias, index, shape, conv, activation="none", skip=None):
+        lists, how = index[:2], (index[2], activation, skip)
+        return _ops.csr_conv2d.default(x, values, *lists, bias, shape[2:], *conv, *how)
 
     def conv2d_t(self, dy, values, index, shape, conv, size):
         return _ops.csr_conv2d_t.default(dy, values, *index[3:], size, shape[2:], *conv)
