@@ -79,16 +79,24 @@ def sparse_conv2d(
     bias: Tensor | None = None,
     conv: Conv = Conv(),  # noqa: B008 - an immutable tuple
     activation: str = "none",
+    skip: Tensor | None = None,
 ) -> Tensor:
-    """The 2-D convolution of x with W stored in a format, activated; differentiable in x, values and bias.
+    """The 2-D convolution of x with W stored in a format, plus ``skip``, activated; differentiable in all tensors.
 
-    Args: ``x [N, C, H, W]`` or ``[C, H, W]``, ``shape`` = ``(out, in/groups, kh, kw)``, the rest as in
-    :func:`sparse_linear`. Returns: ``[N, out, OH, OW]``.
+    Args: ``x [N, C, H, W]`` or ``[C, H, W]``, ``shape`` = ``(out, in/groups, kh, kw)``, ``skip`` whatever can be added
+    to the result, the rest as in :func:`sparse_linear`. Returns: ``[N, out, OH, OW]``.
     Raises: ValueError when the channels do not fit or the kernel is larger than the padded image.
     """
+    if skip is not None and not _adds(x, values, bias, shape, fmt, conv, skip):
+        y = sparse_conv2d(x, values, index, shape, fmt, bias, conv)
+        alone = not torch.is_grad_enabled() and not transformed() and isinstance(skip, Tensor)
+        y = y.add_(skip) if alone and (skip.shape, skip.dtype) == (y.shape, y.dtype) else y + skip
+        return y.relu_() if alone and activation == "relu" else activate(y, activation)
     transform = transformed()
-    if not transform and (y := in_cxx(x, values, bias, index, shape, fmt, conv, activation)) is not NotImplemented:
-        return y
+    if not transform and skip is None:
+        y = in_cxx(x, values, bias, index, shape, fmt, conv, activation)
+        if y is not NotImplemented:
+            return y
     check_conv2d(x, shape, conv)
     if transform:
         return activate(F.conv2d(x, _weight(values, index, shape, fmt), bias, *conv), activation)
@@ -100,13 +108,30 @@ def sparse_conv2d(
             y = F.conv2d(batch, masked(values, index[0]), bias, *conv)
         else:
             y = Conv2dFunction.apply(batch, values, bias, (fmt, shape, index, conv))
+    elif skip is not None:
+        y, activation = fmt.conv2d(batch, values, bias, index, shape, conv, activation, skip), "none"
     elif activation in fmt.epilogue:
         y, activation = fmt.conv2d(batch, values, bias, index, shape, conv, activation), "none"
     else:
         y = fmt.conv2d(batch, values, bias, index, shape, conv)
+        if activation == "relu":  # nobody else has seen y
+            y, activation = y.relu_(), "none"
     if activation != "none":
         y = activate(y, activation)
     return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _adds(x: Tensor, values: Tensor, bias: Tensor | None, shape: torch.Size, fmt: Format, conv: Conv, skip) -> bool:
+    """Whether the kernel of a convolution can add ``skip``: a tensor like its result, and nothing is differentiated."""
+    if not fmt.adds or not isinstance(skip, Tensor) or not (x.is_cpu and x.dim() == 4 and skip.is_cpu):
+        return False
+    if torch.is_grad_enabled() and (skip.requires_grad or _differentiable(x, values, bias)):
+        return False
+    if transformed() or torch.is_autocast_enabled("cpu"):
+        return False
+    sides = zip(x.shape[2:], conv.padding, conv.dilation, shape[2:], conv.stride, strict=True)
+    image = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in sides]
+    return skip.dtype == x.dtype == values.dtype and list(skip.shape) == [x.shape[0], shape[0], *image]
 
 
 def check_linear(x: Tensor, shape: torch.Size) -> None:

@@ -145,9 +145,9 @@ class SparseModule(nn.Module):
             self.__dict__["_guarded"] = values  # not a second name of the parameter
         return True
 
-    def _traced(self, x: fx.Proxy) -> fx.Proxy:
+    def _traced(self, x: fx.Proxy, *rest) -> fx.Proxy:
         """Stand in a graph of torch.fx as one call, as torch's own layers do."""
-        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *rest), {})
 
     def derive(self) -> None:
         """Build the index tensors that the input gradient needs; done by itself when one is first asked for."""

@@ -99,15 +99,17 @@ class _SparseConv(SparseModule):
             return x
         return F.pad(x, self._outer, "constant" if self.padding_mode == "zeros" else self.padding_mode)
 
-    def _convolve(self, x: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, skip: Tensor | None = None, activation: str = "none") -> Tensor:
         own = self._parameters  # a plain dict: nn.Module's attribute lookup costs as much as the checks below
         values = own["values"] if "values" in own else self.values  # noqa: SIM401 - the default costs
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         try:
-            if values is self._guarded or self._bare(values, x):  # nothing of ours is left to pay for
-                return F.conv2d(x, values, bias, *self._conv)
+            if skip is None and activation == "none":
+                if values is self._guarded or self._bare(values, x):  # nothing of ours is left to pay for
+                    return F.conv2d(x, values, bias, *self._conv)
+                activation = self.activation
             index = self._index(x)
-            return sparse_conv2d(x, values, index, self.shape, self.format, bias, self._conv, self.activation)
+            return sparse_conv2d(x, values, index, self.shape, self.format, bias, self._conv, activation, skip)
         except (ValueError, RuntimeError) as error:
             raise self._explain(error, x) from None
 
@@ -137,9 +139,14 @@ class SparseConv2d(_SparseConv):
 
     dense_class = nn.Conv2d
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``x [N, C, H, W]`` or ``[C, H, W]`` to ``[N, out, OH, OW]`` or ``[out, OH, OW]``."""
-        return self._traced(input) if isinstance(input, Proxy) else self._convolve(self._padded(input))
+    def forward(self, input: Tensor, skip: Tensor | None = None, activation: str = "none") -> Tensor:
+        """``x [N, C, H, W]`` or ``[C, H, W]`` to ``[N, out, OH, OW]`` or ``[out, OH, OW]``.
+
+        ``skip`` is added and ``activation`` (relu, gelu, silu) applied after it, where :func:`fuse` joined them.
+        """
+        if isinstance(input, Proxy):
+            return self._traced(input, *(() if skip is None and activation == "none" else (skip, activation)))
+        return self._convolve(self._padded(input), skip, activation)
 
 
 class SparseConv1d(_SparseConv):

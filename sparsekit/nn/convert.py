@@ -31,6 +31,7 @@ from .base import SparseModule
 from .capture import capture, on_gpu
 from .conv import SparseConv1d, SparseConv2d
 from .fuse import Applied, Shortened
+from .joined import separate
 from .linear import SparseLinear
 from .order import original, restore_order
 from .planning import Budget, Job, plan_layers, thunk
@@ -156,6 +157,7 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
         model = _deepcopy(model)
     swaps = {}
     for module in model.modules():
+        separate(module)
         if isinstance(module, SparseModule | QuantizedLinear):
             dense = module.to_dense()
             _copy_hooks(module, dense)

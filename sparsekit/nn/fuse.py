@@ -15,6 +15,7 @@ from .base import SparseModule
 from .bordered import BorderedConv2d
 from .chain import Done, link
 from .conv import SparseConv2d
+from .joined import join
 from .linear import SparseLinear
 from .operations import hooked
 from .pool import Pooled
@@ -59,6 +60,10 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     (:func:`explain` says so). In eval mode a convolution, sparse or not, whose output goes to one
     ``nn.BatchNorm2d`` alone takes over its scale and shift: the same function up to rounding.
 
+    In eval mode a sparse convolution whose output is added to something, as in a residual block, does that itself, and
+    applies the ReLU after the sum; the ReLU may be a function, or a module called more than once. The block's forward
+    then runs as torch.fx traced it: numbers and flags that its code reads are constants.
+
     In eval mode plain ``nn.MaxPool2d`` of contiguous images run through a kernel that is vectorised where torch's is
     not.
 
@@ -90,6 +95,8 @@ def _fuse(model: nn.Module, dense: bool) -> None:
         for layer, path in _pairs(model):
             step(model, layer, path)
     link(model, _pairs(model), dense)
+    if not model.training:
+        join(model)
     for path, module in [] if model.training else list(model.named_modules()):
         if path and Pooled.can_replace(module):
             model.set_submodule(path, Pooled(module))
