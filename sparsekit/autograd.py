@@ -19,15 +19,15 @@ __all__ = ["Conv2dFunction", "Guard", "LinearFunction", "guard", "in_cxx", "mask
 _cxx = _nodes.load()
 
 
-def in_cxx(x, values, bias, index, shape, fmt: Format, conv, activation: str) -> Tensor:
+def in_cxx(x, values, bias, index, shape, fmt: Format, conv, activation: str, scale=None) -> Tensor:
     """What ``sparse_linear`` (``conv`` None) or ``sparse_conv2d`` returns; NotImplemented: it must go on in Python."""
     if torch.compiler.is_compiling() or _cxx is None or fmt.name not in ("csr", "lanes"):
         return NotImplemented
     if fmt.name == "csr":
         return _cxx.csr(x, values, bias, index, shape, conv, activation)
-    if conv is not None or fmt.absent(x.device, values):
+    if conv is not None or not fmt.fast:
         return NotImplemented
-    return _cxx.lanes(x, values, bias, index, shape, activation)
+    return _cxx.lanes(x, values, bias, index, shape, activation, scale)
 
 
 class LinearFunction(torch.autograd.Function):

@@ -10,7 +10,7 @@ from checks import check, randn
 from torch import nn
 
 import sparsekit as sk
-from sparsekit import _native
+from sparsekit import _native, autograd
 from sparsekit.nn import QuantizedLinear
 from sparsekit.nn import quantized as module
 
@@ -150,3 +150,13 @@ def test_errors():
     with pytest.raises(ValueError, match="0: Expected unrounded survivors, got lanes int8"):
         sk.save(small, "nowhere.safetensors")
     assert not list(small.parameters())
+
+
+@each_dtype
+def test_nodes_in_cxx_give_the_bits_of_python(dtype, monkeypatch):
+    small = sk.quantize(sparse(), dtype)[0]
+    small.activation, x = "gelu", randn(3, 200)
+    fast = [small(x), small(x.view(3, 1, 200)), small(x[0]), small(x[:0])]
+    monkeypatch.setattr(autograd, "_cxx", None)
+    slow = [small(x), small(x.view(3, 1, 200)), small(x[0]), small(x[:0])]
+    assert all(torch.equal(*pair) for pair in zip(fast, slow, strict=True))

@@ -230,18 +230,21 @@ PyObject* csr(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (x, values, bias, index, shape, activation): sparse_linear of a layer in lanes where no gradient is due.
+// (x, values, bias, index, shape, activation, scale or None): a product in lanes where no gradient is due.
 PyObject* lanes(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  expect(6, count);
-  const bool plain = is_plain(args[0]) && is_plain(args[1]) && (Py_IsNone(args[2]) || is_plain(args[2]));
+  expect(7, count);
+  const auto maybe = [&](int i) { return Py_IsNone(args[i]) ? Maybe() : Maybe(THPVariable_Unpack(args[i])); };
+  bool plain = is_plain(args[0]) && is_plain(args[1]);
+  for (int i : {2, 6}) plain = plain && (Py_IsNone(args[i]) || is_plain(args[i]));
   if (!plain || !is_tuple(args[3], 4) || !is_tuple(args[4], 2) || is_watched()) return not_implemented();
   const Tensor& x = THPVariable_Unpack(args[0]);
   const Tensor& values = THPVariable_Unpack(args[1]);
-  const Maybe bias = Py_IsNone(args[2]) ? Maybe() : Maybe(THPVariable_Unpack(args[2]));
+  const Maybe bias = maybe(2), scale = maybe(6);
   const bool train = at::GradMode::is_enabled() &&
                      (values.requires_grad() || x.requires_grad() || (bias && bias->requires_grad()));
   Layer layer;
+  layer.index.reserve(4);
   for (int i = 0; i < 4; ++i) {
     PyObject* item = PyTuple_GET_ITEM(args[3], i);
     if (!is_plain(item)) return not_implemented();
@@ -259,7 +262,7 @@ PyObject* lanes(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     pybind11::gil_scoped_release no_gil;
     const auto& i = layer.index;
-    y = op.call(x, values, i[0], i[1], i[2], i[3], {}, bias, shape[0], c10::string_view(name, length));
+    y = op.call(x, values, i[0], i[1], i[2], i[3], scale, bias, shape[0], c10::string_view(name, length));
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS

@@ -23,13 +23,6 @@ from . import layout
 _ops = torch.ops.sparsekit
 
 
-@functools.cache
-def _lacks_avx512() -> str | None:
-    if missing := _native.lacks_cpu():
-        return missing
-    return None if _native.status()["build"]["active_isa"].startswith("avx512") else "its kernel needs AVX-512"
-
-
 class Lanes(Format):
     name = "lanes"
     index_names = ("codes", "bases", "starts", "order")
@@ -58,13 +51,21 @@ class Lanes(Format):
         return "the lanes kernel is for linear layers, not for convolutions" if mask.dim() != 2 else None
 
     def absent(self, where, mask, groups=1):
-        return _lacks_avx512() if where.type == "cpu" else "no kernel for a GPU"
+        if where.type != "cpu":
+            return "no kernel for a GPU"
+        return _native.lacks_cpu() or (None if self.fast else "its kernel needs AVX-512")
+
+    @functools.cached_property
+    def fast(self) -> bool:
+        """Whether this machine runs the kernel."""
+        build = _native.status()["build"] or {}
+        return build.get("active_isa", "").startswith("avx512")
 
     def stored(self, mask, groups=1):
         return layout.slots(mask), ""
 
     def linear(self, x, values, bias, index, shape, activation="none"):
-        if x.dtype == torch.float64 or x.device.type != "cpu" or _lacks_avx512():
+        if x.dtype == torch.float64 or x.device.type != "cpu" or not self.fast:
             return activate(F.linear(x, self._weight(values, index, shape), bias), activation)
         return _ops.lanes_linear.default(x, values, *index, None, bias, shape[0], activation)
 

@@ -147,7 +147,10 @@ def link(model: nn.Module, pairs: Iterable[tuple[nn.Module, str]], dense: bool) 
 
 
 def _fits(layer: nn.Module) -> bool:
-    if type(layer) is not SparseLinear or layer.format.name not in ("csr", "dense", "lanes") or hooked(layer):
+    if type(layer) is not SparseLinear or hooked(layer):
+        return False
+    planned = layer.plan is not None and not layer.plan.forced
+    if layer.format.name not in ("csr", "dense", "lanes" if planned else "csr"):
         return False
     return layer.values.is_cpu and layer.values.dtype in _DTYPES
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from math import prod
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from ..autograd import in_cxx
 from ..explanation import LayerPlan
 from ..functional import check_linear, transformed
 from ..kernels.lanes import FORMAT
@@ -61,17 +63,23 @@ class QuantizedLinear(nn.Module):
         """``x [..., in_features]`` to ``[..., out_features]``; raises RuntimeError where a gradient is wanted."""
         if isinstance(input, Proxy):
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+        own = self._buffers
+        values, *index, scale = [own[key] for key in _KEYS]
+        if not (transform := transformed()):
+            how = None, self.activation, scale
+            y = in_cxx(input, values, own["bias"], tuple(index), self.shape, FORMAT, *how)
+            if y is not NotImplemented:
+                return y
         name = self.layer_name or type(self).__name__
         try:
             check_linear(input, self.shape)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        if (torch.is_grad_enabled() and input.requires_grad) or transformed():
+        if (torch.is_grad_enabled() and input.requires_grad) or transform:
             raise RuntimeError(f"{name}: Expected inference, got a call to differentiate or transform; its survivors "
                                "are quantized")  # fmt: skip
-        own = self._buffers
-        x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
-        y = _linear(x, *[own[key] for key in _KEYS], own["bias"], self.out_features, self.activation)
+        x = input if input.dim() == 2 else input.reshape(prod(input.shape[:-1]), self.in_features)
+        y = _linear(x, values, *index, scale, own["bias"], self.out_features, self.activation)
         return y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
 
     def _weight(self) -> Tensor:
