@@ -266,13 +266,13 @@ def test_plans_try_it_for_few_rows_without_gradients():
     model = nn.Sequential(nn.Linear(256, 256))
     masks = sk.prune(model, 0.9)
     reasons = {}
-    for rows, training in ((1, False), (8, False), (9, False), (1, True)):
+    for rows, training in ((1, False), (16, False), (17, False), (1, True)):
         (plan,) = sk.explain(sk.convert(model, masks, torch.randn(rows, 256), training)).layers
         reasons[rows, training] = "" if plan.chosen == "lanes" else plan.rejected["lanes"]
-    beyond = "for inference on up to 8 rows of input at a time"
+    beyond = "for inference on up to 16 rows of input at a time"
     if FORMAT.absent(torch.device("cpu"), masks["0.weight"]) is None:
-        assert reasons[9, False] == reasons[1, True] == beyond
-        assert beyond not in (reasons[1, False], reasons[8, False])
+        assert reasons[17, False] == reasons[1, True] == beyond
+        assert beyond not in (reasons[1, False], reasons[16, False])
 
 
 def test_training_step_keeps_what_is_pruned():

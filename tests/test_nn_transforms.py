@@ -16,7 +16,7 @@ import sparsekit as sk
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_to_another_dtype(fmt, dtype):
     layer = linear(fmt=fmt).to(dtype)
-    assert {b.dtype for b in layer.buffers()} <= {torch.int32, torch.int64, torch.bool}
+    assert {b.dtype for b in layer.buffers()} <= {torch.uint8, torch.int32, torch.int64, torch.bool}
     check(layer, torch.randn(4, 9, dtype=dtype), dtype)
 
 

@@ -9,8 +9,6 @@ with, not to train in.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -27,7 +25,11 @@ class Lanes(Format):
     name = "lanes"
     index_names = ("codes", "bases", "starts", "order")
     epilogue = ("relu", "gelu", "silu")
-    serves = 8
+    serves = 16
+
+    def __init__(self):
+        build = _native.status()["build"] or {}
+        self.fast = build.get("active_isa", "").startswith("avx512")  # asked for in every call
 
     def index(self, mask, groups=1):
         return layout.index(mask)
@@ -39,10 +41,10 @@ class Lanes(Format):
         return flat.view(shape)
 
     def gather(self, weight, index):
-        return layout.gather(weight, *self._places(index, weight.shape))
+        return layout.gather(weight, self._places(index, weight.shape)[0])
 
     def scatter(self, values, index, shape):
-        return layout.scatter(values, *self._places(index, shape), shape)
+        return layout.scatter(values, self._places(index, shape)[0], shape)
 
     def check(self, values, index, shape):
         return layout.check(values, index, shape)
@@ -54,12 +56,6 @@ class Lanes(Format):
         if where.type != "cpu":
             return "no kernel for a GPU"
         return _native.lacks_cpu() or (None if self.fast else "its kernel needs AVX-512")
-
-    @functools.cached_property
-    def fast(self) -> bool:
-        """Whether this machine runs the kernel."""
-        build = _native.status()["build"] or {}
-        return build.get("active_isa", "").startswith("avx512")
 
     def stored(self, mask, groups=1):
         return layout.slots(mask), ""
@@ -90,7 +86,7 @@ class Lanes(Format):
         return dx, self._gather(dweight, index) if needs[1] else None, dbias
 
     def _places(self, index, shape):
-        return layout.places(*(index[name] for name in self.index_names), int(torch.Size(shape[1:]).numel()))
+        return layout.places(*(index[name] for name in self.index_names), shape)
 
     def _weight(self, values, index, shape):
         return self.scatter(values, dict(zip(self.index_names, index, strict=True)), torch.Size(shape))

@@ -84,8 +84,10 @@ def _steps(order: np.ndarray, counts: np.ndarray, columns: np.ndarray, width: in
     return group[by_group], base[by_group], place[by_group]
 
 
-def places(codes: Tensor, bases: Tensor, starts: Tensor, order: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """For every slot ``[steps, 64]`` where its value lies in the flat weight (0 for none), and whether it has one."""
+def places(codes: Tensor, bases: Tensor, starts: Tensor, order: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """For every slot ``[steps, 64]`` where its value lies in the flat weight (behind its end for none), and whether it
+    has one."""
+    size, columns = torch.Size(shape).numel(), torch.Size(shape[1:]).numel()
     code = codes.view(len(codes), 16, 4).transpose(1, 2).reshape(len(codes), ROWS).int()
     present = code > 0
     column = bases[:, None] + (code & 31) + torch.where(code & SECOND > 0, 32, 0)
@@ -93,21 +95,18 @@ def places(codes: Tensor, bases: Tensor, starts: Tensor, order: Tensor, columns:
     row = group[:, None] * ROWS + torch.arange(ROWS, device=codes.device)
     if order.numel():
         row = order.long()[row.clamp(max=order.numel() - 1)]
-    return torch.where(present, row * columns + column, 0), present
+    return torch.where(present, row * columns + column, size), present
 
 
-def gather(weight: Tensor, place: Tensor, present: Tensor) -> Tensor:
+def gather(weight: Tensor, place: Tensor) -> Tensor:
     """The survivors of a dense weight in their slots, 0 in the others."""
-    if not place.numel():
-        return weight.new_zeros(place.shape)
-    return torch.where(present, weight.flatten()[place], weight.new_zeros(()))
+    return torch.cat([weight.flatten(), weight.new_zeros(1)])[place]
 
 
-def scatter(values: Tensor, place: Tensor, present: Tensor, shape: torch.Size) -> Tensor:
+def scatter(values: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
     """The dense weight of ``shape``, 0 where pruned."""
-    # Only of those slots: the others all name one weight.
-    where = place[present]
-    return values.new_zeros(torch.Size(shape).numel()).scatter(0, where, values[present]).view(shape)
+    size = torch.Size(shape).numel()
+    return values.new_zeros(size + 1).scatter(0, place.flatten(), values.flatten())[:size].view(shape)
 
 
 def check(values: Tensor, index: dict[str, Tensor], shape: torch.Size) -> str | None:
@@ -132,7 +131,7 @@ def check(values: Tensor, index: dict[str, Tensor], shape: torch.Size) -> str | 
         return "codes of places in a window, got others"
     if bool(((codes >= SECOND + 32) & (codes < FIRST)).any()):
         return "codes of places in a window, got others"
-    place, present = places(codes, bases, starts, order, columns)
+    place, present = places(codes, bases, starts, order, shape)
     again = index_of(place, present, shape)
     if again is None:
         return "every survivor once, inside the weight, got others"

@@ -12,7 +12,7 @@ from . import layout
 def lanes_linear(x, values, codes, bases, starts, order, scale, bias, out_features, activation):
     shape = torch.Size((out_features, x.shape[1]))
     if scale is None:
-        weight = layout.scatter(values, *layout.places(codes, bases, starts, order, shape[1]), shape)
+        weight = layout.scatter(values, layout.places(codes, bases, starts, order, shape)[0], shape)
     else:
         weight = dequantized(values, codes, bases, starts, order, scale, shape).to(x.dtype)
     return activate(F.linear(x, weight, bias), activation)
@@ -20,4 +20,4 @@ def lanes_linear(x, values, codes, bases, starts, order, scale, bias, out_featur
 
 def dequantized(values, codes, bases, starts, order, scale, shape):
     """The dense weight, float32, of int8 or bfloat16 values and a factor for each row."""
-    return layout.scatter(values.float(), *layout.places(codes, bases, starts, order, shape[1]), shape) * scale[:, None]
+    return layout.scatter(values.float(), layout.places(codes, bases, starts, order, shape)[0], shape) * scale[:, None]
