@@ -83,7 +83,7 @@ def test_what_is_slower_or_bigger_stays(monkeypatch):
     monkeypatch.setattr(module, "measure", lambda thunks: {name: 1.0 + i for i, name in enumerate(thunks)})
     kept = sk.quantize(sparse())
     assert type(kept[0]) is sk.SparseLinear
-    assert "3.00x the time of the layer dense" in sk.explain(kept).layers[0].rejected["lanes int8"]
+    assert "3.00x the time of dense" in sk.explain(kept).layers[0].rejected["lanes int8"]
     mask = torch.zeros(64, 2000, dtype=torch.bool)
     mask[0, ::64] = True  # a step of 64 slots for every survivor
     tiny = sk.SparseLinear(2000, 64, mask=mask)
@@ -160,3 +160,10 @@ def test_nodes_in_cxx_give_the_bits_of_python(dtype, monkeypatch):
     monkeypatch.setattr(autograd, "_cxx", None)
     slow = [small(x), small(x.view(3, 1, 200)), small(x[0]), small(x[:0])]
     assert all(torch.equal(*pair) for pair in zip(fast, slow, strict=True))
+
+
+def test_export():
+    small, x = sk.quantize(sparse()), randn(2, 200)
+    with torch.no_grad():
+        program = torch.export.export(small, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+        assert torch.equal(program.module()(randn(5, 200)), small(randn(5, 200)))

@@ -98,6 +98,8 @@ def _ops() -> Iterable[Case]:
             level = "full" if "." in subject or density in (0.5, 0.01) else "usual"
             quick = subject in ("linear-1024x1024", "conv3x3-128-28") and density == 0.1
             yield _case("ops", subject, work, density, level="quick" if quick else level)
+            if LAYERS[subject].batch == 1 and not LAYERS[subject].size and work == "forward":
+                yield _case("ops", subject, work, density, format="lanes", level=level)
             if density not in (0.2, 0.1, 0.05):
                 continue
             for block in _blocks(subject):
