@@ -58,7 +58,7 @@ def half(model, share=0.25):
 
 
 def test_alike_layers_are_measured_once_and_never_again(csr_wins):
-    model, x = net(), torch.randn(16, 64)
+    model, x = net(), torch.randn(20, 64)
     masks = half(model)
     first = sk.explain(sk.convert(model, masks, x))
     spent = len(csr_wins)
