@@ -2,10 +2,12 @@
 
 A gradient of a gradient (``create_graph=True``) is rare, so it goes through the dense weight, whose
 operations torch can differentiate any number of times. Where the nodes in C++ are there and nothing watches or
-transforms, they do the same for csr and for :class:`Guard`, to the bit.
+transforms, they do the same for csr, and :class:`Guard` never enters Python, to the bit.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 import torch
 from torch import Tensor
@@ -95,6 +97,10 @@ class Guard:
 
 def guard(values: Tensor, mask: Tensor | None) -> None:
     """Put a :class:`Guard` on a leaf, in place of any that it has for another mask; None takes that away."""
+    if _cxx is not None:
+        if mask is not None and values._backward_hooks is None:
+            values._backward_hooks = OrderedDict()  # or the first hook of a user makes it, and clears C++'s
+        return _cxx.guard(values, mask)
     hooks = values._backward_hooks or {}
     for key in [key for key, hook in hooks.items() if isinstance(hook, Guard)]:
         if hooks[key].mask is mask:
@@ -120,19 +126,23 @@ class _Masked(torch.autograd.Function):
         return _mask_gradient(grad, *ctx.saved_tensors), None
 
 
-_NOBODY_ELSE = 2  # references to a gradient in backward(): autograd's buffer and the Python object
+_NOBODY_ELSE = 2  # references to a gradient in backward(): autograd's and the Python object
 _transforming = torch._C._are_functorch_transforms_active
 
 
 def _mask_gradient(grad: Tensor, mask: Tensor) -> Tensor:
-    compiling = torch.compiler.is_compiling()
-    if not compiling and _cxx is not None:
-        done = _cxx.mask_gradient(grad, mask)
-        if done is not NotImplemented:
-            return done
-    if compiling or torch.is_grad_enabled() or _transforming():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _transforming():
         return torch.where(mask, grad, grad.new_zeros(()))
-    return zero_pruned_(grad if grad._use_count() <= _NOBODY_ELSE else grad.clone(), mask)
+    return zero_pruned_(grad if _is_own(grad) else grad.clone(), mask)
+
+
+def _is_own(grad: Tensor) -> bool:
+    """Whether nobody else holds a gradient or memory of it; a transposed one holds what it is a view of."""
+    if type(grad) is not Tensor or grad._use_count() > _NOBODY_ELSE:
+        return False
+    base = grad._base
+    views, alone = (1, True) if base is None else (2, base._use_count() <= _NOBODY_ELSE)
+    return alone and torch._C._storage_Use_Count(grad.untyped_storage()._cdata) <= views + 1  # and Python's object
 
 
 def _keep(ctx, x, values, index, layer) -> None:

@@ -1,7 +1,9 @@
 """The autograd nodes in C++: the bits of Python's, only where nothing watches, only from the right file."""
 
 import copy
+import sys
 import sysconfig
+import weakref
 
 import pytest
 import torch
@@ -193,18 +195,25 @@ def test_the_graph_is_torchs():
 
 
 @needs_nodes
-def test_a_gradient_that_others_hold_is_copied():
-    mask = torch.rand(2, 3) < 0.5
-    for holders in range(3):
-        grad = torch.full((2, 3), torch.inf)
-        want, leaves = torch.where(mask, grad, 0), [nn.Parameter(torch.zeros(2, 3)) for _ in range(holders)]
-        for leaf in leaves:
-            leaf.grad = grad
-        with torch.no_grad():
-            done = cxx.mask_gradient(grad, mask)
-        assert torch.equal(done, want)
-        assert (done is grad) == (holders < 2) and torch.equal(grad, want) == (holders < 2)
-    assert cxx.mask_gradient(grad, mask) is NotImplemented  # to be differentiated again
+def test_a_leaf_has_one_guard_and_holds_no_more():
+    leaf, masks = nn.Parameter(torch.zeros(2, 3)), [torch.rand(2, 3) < 0.5 for _ in range(2)]
+    held = [sys.getrefcount(leaf), *(mask._use_count() for mask in masks)]
+    for mask in (*masks, *masks):
+        for _ in range(2):
+            autograd.guard(leaf, mask)
+        leaf.grad = None
+        leaf.sum().backward()
+        assert torch.equal(leaf.grad, mask.float()) and mask._use_count() == held[1] + 1
+    autograd.guard(leaf, None)
+    leaf.grad = None
+    leaf.sum().backward()
+    assert bool((leaf.grad == 1).all()) and [sys.getrefcount(leaf), *(mask._use_count() for mask in masks)] == held
+    with pytest.raises(TypeError, match="Expected a leaf and a mask or None"):
+        cxx.guard(leaf, 1)
+    ref = weakref.ref(leaf)
+    autograd.guard(leaf, masks[0])
+    del leaf
+    assert ref() is None
 
 
 def test_the_wrong_file_is_never_opened(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 import sparsekit as sk
-from sparsekit.autograd import Guard
+from sparsekit import autograd
 
 SHAPES = {"linear": (20, 10), "large": (1024, 256), "conv": (3, 8)}
 
@@ -152,27 +152,90 @@ def test_infinite_gradients_of_pruned_weights_are_zero():
     assert bool((of_backward(layer, x)[~mask] == 0).all())
 
 
-def test_another_mask_takes_the_place_of_the_first():
+@pytest.fixture(params=["C++", "Python"])
+def where(request, monkeypatch):
+    """Where the gradient's hook runs."""
+    if request.param == "Python":
+        monkeypatch.setattr(autograd, "_cxx", None)
+    elif autograd._cxx is None:
+        pytest.skip("there are no autograd nodes in C++")
+    return request.param
+
+
+def guards(leaf):
+    return sum(isinstance(hook, autograd.Guard) for hook in leaf._backward_hooks.values())
+
+
+def test_a_gradient_given_as_a_view_is_left_alone(where):
+    layer, mask, x = layer_of("linear")
+    layer(x)
+    given, other = torch.ones(200), nn.Parameter(torch.zeros(10, 20))
+    layer.values.view(-1).backward(given)
+    assert bool((given == 1).all()) and torch.equal(layer.values.grad, mask.float())
+    layer.values.grad, given = None, torch.ones(400)
+    torch.cat([layer.values.view(-1), other.view(-1)]).backward(given)
+    assert bool((given == 1).all()) and torch.equal(layer.values.grad, mask.float())
+    layer.values.grad, given = None, torch.full((20, 10), torch.nan)
+    layer.values.t().backward(given)
+    assert bool(given.isnan().all()) and torch.equal(layer.values.grad.isnan(), mask)
+
+
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+def test_hooks_of_users_run_too(when, where):
+    layer, mask, x = layer_of("linear")
+    shift = float(where == "C++")  # there they run first, whenever they came
+
+    def register():
+        return layer.values.register_hook(lambda grad: 2 * grad + shift)
+
+    want = wanted(layer, mask, x)
+    if when == "after":
+        of_backward(layer, x)
+    handle = register() if when != "between" else None
+    layer.values.grad = None
+    loss = layer(x).square().sum()
+    handle = handle or register()
+    accumulated = []
+    layer.values.register_post_accumulate_grad_hook(lambda leaf: accumulated.append(leaf.grad.clone()))
+    loss.backward()
+    close(layer.values.grad, (2 * want + shift) * mask, mask)
+    assert len(accumulated) == 1 and torch.equal(accumulated[0], layer.values.grad)
+    grad = torch.autograd.grad(layer(x).square().sum(), layer.values)[0]
+    close(grad, (2 * want + shift) * mask, mask)
+    handle.remove()
+    close(of_backward(layer, x), want, mask)
+    close(of_graph(layer, x), want, mask)
+
+
+def test_gradients_accumulate(where):
+    layer, mask, x = layer_of("linear")
+    want = wanted(layer, mask, x)
+    for count in (1, 2, 3):
+        layer(x).square().sum().backward()
+        close(layer.values.grad, count * want, mask)
+
+
+def test_another_mask_takes_the_place_of_the_first(where):
     layer, first, x = layer_of("linear")
     of_backward(layer, x)
     mask = ~first
     layer.load_state_dict({"weight_orig": torch.randn(10, 20), "weight_mask": mask.float(), "bias": torch.zeros(10)})
     close(of_backward(layer, x), wanted(layer, mask, x), mask)
-    assert sum(isinstance(hook, Guard) for hook in layer.values._backward_hooks.values()) == 1
+    assert guards(layer.values) == (where == "Python")
     layer.set_format("csr")
     assert of_backward(layer, x).shape == (int(mask.sum()),)
     layer.set_format("dense")
     close(of_backward(layer, x), wanted(layer, mask, x), mask)
 
 
-def test_parameters_that_change_places_have_one_guard_each():
+def test_parameters_that_change_places_have_one_guard_each(where):
     layer, mask, x = layer_of("linear")
     sets = [{n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()} for _ in range(2)]
     sets = [{name: nn.Parameter(tensor) for name, tensor in one.items()} for one in sets]
     outputs = [functional_call(layer, one, (x,)) for one in sets * 3]
     for y, one in zip(outputs, sets * 3, strict=True):
         close(torch.autograd.grad(y.square().sum(), one["values"])[0], wanted(layer, mask, x), mask)
-    assert all(len(one["values"]._backward_hooks) == 1 for one in sets)
+    assert all(len(one["values"]._backward_hooks) == (where == "Python") for one in sets)
 
 
 def test_a_step_is_that_of_torch_but_for_the_mask():
@@ -198,7 +261,7 @@ def test_channels_last_stays():
     masks, x = sk.prune(model, 0.5), torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
     fast = sk.convert(model, masks, impl="dense")
     assert fast[0].values.is_contiguous(memory_format=torch.channels_last)
-    assert fast[0].mask.stride() == fast[0].values.stride()
+    assert fast[0].survivors().stride() == fast[0].values.stride()
     moved = sk.convert(model, masks, impl="csr")
     moved[0].set_format("dense")
     for net in (moved, sk.to_dense(sk.convert(model, masks, impl="csr"))):

@@ -13,6 +13,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "sparsekit_schemas.h"
@@ -128,12 +129,13 @@ struct CsrFunction : torch::autograd::Function<CsrFunction> {
   }
 };
 
-// Whether an object is a tensor on the CPU that nothing but torch's own kernels and autograd look at.
-bool is_plain(PyObject* object) {
+// Whether a tensor is on the CPU and one that nothing but torch's own kernels and autograd look at.
+bool is_plain(const Tensor& tensor) {
   using Key = c10::DispatchKey;
   static const c10::DispatchKeySet usual{Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU};
-  return THPVariable_CheckExact(object) && (THPVariable_Unpack(object).key_set() | usual) == usual;
+  return (tensor.key_set() | usual) == usual;
 }
+bool is_plain(PyObject* object) { return THPVariable_CheckExact(object) && is_plain(THPVariable_Unpack(object)); }
 
 // Whether something sees, changes or replaces what operators do.
 bool is_watched() {
@@ -268,24 +270,101 @@ PyObject* lanes(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (grad, mask): the gradient, exactly 0 where mask is False; in place when nobody else holds it.
-PyObject* mask_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// Guard of sparsekit/autograd.py without Python. It stands in the place of all other hooks of its leaf and runs them
+// first: Python's are in one dict, mostly empty, that is there before it, because setting one clears what torch holds.
+class Guard : public torch::autograd::FunctionPreHook {
+ public:
+  using Hooks = std::vector<std::unique_ptr<FunctionPreHook>>;
+
+  Guard(Tensor mask, Hooks others, PyObject* dict)
+      : others(std::move(others)), mask_(std::move(mask)), dict_(this->others.size() == 1 ? dict : nullptr) {}
+
+  bool is_for(const Tensor& mask) const { return mask_.is_same(mask); }
+
+  variable_list operator()(const variable_list& grads) override {
+    if (quiet()) return {masked(grads[0])};
+    variable_list found = grads;
+    for (const auto& hook : others) found = (*hook)(found);
+    return {masked(std::exchange(found[0], Tensor()))};
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    if (!quiet()) {
+      for (const auto& hook : others) hook->compiled_args(args);
+    }
+    args.add_cpp_single_tensor_pre_hook(
+        [mask = mask_](const at::TensorBase& grad) -> at::TensorBase { return chosen(Tensor(grad), mask); }, 0);
+  }
+
+  Hooks others;
+
+ private:
+  bool quiet() const { return others.empty() || (dict_ && PyDict_GET_SIZE(dict_) == 0); }
+
+  static Tensor chosen(const Tensor& grad, const Tensor& mask) {
+    return at::where(mask, grad, at::zeros({}, grad.options()));
+  }
+
+  // Whether nobody else holds a gradient or memory of it; transposed ones hold what they are a view of.
+  static bool is_own(const Tensor& grad) {
+    const bool view = grad.is_view();
+    return torch::autograd::impl::is_tensor_stealable(grad) && grad.storage().use_count() == 1 + size_t(view) &&
+           (!view || grad._base().use_count() == 1);
+  }
+
+  Tensor masked(const Tensor& grad) const {
+    if (!grad.defined()) return grad;
+    if (at::GradMode::is_enabled() || is_watched() || !is_plain(grad)) return chosen(grad, mask_);
+    Tensor found = is_own(grad) ? grad : grad.clone();
+    if (found.numel() <= kSmall && found.sizes().equals(mask_.sizes()) && found.strides().equals(mask_.strides()) &&
+        found.is_non_overlapping_and_dense()) {
+      clear(found.mutable_data_ptr(), mask_.const_data_ptr<bool>(), found.numel(), found.element_size());
+    } else {
+      static const auto zero_pruned_ = find<void(Tensor&, const Tensor&)>("sparsekit::zero_pruned_");
+      zero_pruned_.call(found, mask_);
+    }
+    return found;
+  }
+
+  // Gradients of so many weights take less time than the call of an operator.
+  static constexpr int64_t kSmall = 1 << 14;
+
+  static void clear(void* grad, const bool* mask, int64_t count, size_t bytes) {
+    if (bytes == 1) return clear(static_cast<uint8_t*>(grad), mask, count);
+    if (bytes == 2) return clear(static_cast<uint16_t*>(grad), mask, count);
+    if (bytes == 4) return clear(static_cast<uint32_t*>(grad), mask, count);
+    clear(static_cast<uint64_t*>(grad), mask, count);
+  }
+
+  // By bits: neither a multiplication, which keeps NaN, nor a branch, which nothing predicts.
+  template <class Bits>
+  __attribute__((optimize("O3"))) static void clear(Bits* grad, const bool* mask, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) grad[i] &= Bits(-Bits(mask[i]));
+  }
+
+  const Tensor mask_;
+  PyObject* const dict_;  // the leaf's own, held by the one other hook; its size is read as it is, without the GIL
+};
+
+// (values, mask): the one Guard of a leaf is for this mask from now on; None takes it away.
+PyObject* guard(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(2, count);
-  if (at::GradMode::is_enabled() || is_watched() || !is_plain(args[0]) || !is_plain(args[1])) {
-    return not_implemented();
+  TORCH_CHECK_TYPE(THPVariable_Check(args[0]) && (Py_IsNone(args[1]) || THPVariable_Check(args[1])),
+                   "Expected a leaf and a mask or None");
+  const Tensor& values = THPVariable_Unpack(args[0]);
+  const Tensor mask = Py_IsNone(args[1]) ? Tensor() : THPVariable_Unpack(args[1]);
+  if (!torch::autograd::impl::get_autograd_meta(values)) Py_RETURN_NONE;
+  auto& hooks = torch::autograd::impl::hooks(values);
+  Guard* present = hooks.size() == 1 ? dynamic_cast<Guard*>(hooks[0].get()) : nullptr;
+  if (present && mask.defined() && present->is_for(mask)) Py_RETURN_NONE;
+  if (present) hooks = std::exchange(present->others, {});
+  if (mask.defined()) {
+    PyObject* dict = reinterpret_cast<THPVariable*>(args[0])->backward_hooks;
+    auto made = std::make_unique<Guard>(mask, std::exchange(hooks, {}), dict);
+    hooks.push_back(std::move(made));
   }
-  static const auto zero_pruned_ = find<void(Tensor&, const Tensor&)>("sparsekit::zero_pruned_");
-  constexpr size_t kNobodyElse = 2;  // autograd's buffer and the Python object
-  const Tensor& given = THPVariable_Unpack(args[0]);
-  const Tensor& mask = THPVariable_Unpack(args[1]);
-  const bool own = given.use_count() <= kNobodyElse;
-  Tensor grad = own ? given : given.clone();
-  {
-    pybind11::gil_scoped_release no_gil;
-    zero_pruned_.call(grad, mask);
-  }
-  return own ? Py_NewRef(args[0]) : THPVariable_Wrap(std::move(grad));
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
@@ -294,7 +373,7 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method<csr>("csr"), method<lanes>("lanes"), method<mask_gradient>("mask_gradient"), {}};
+PyMethodDef methods[] = {method<csr>("csr"), method<lanes>("lanes"), method<guard>("guard"), {}};
 PyModuleDef module{PyModuleDef_HEAD_INIT, "sparsekit._autograd", nullptr, -1, methods, {}, {}, {}, {}};
 
 }  // namespace
