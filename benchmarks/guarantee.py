@@ -7,10 +7,10 @@ pattern and sparsity, a batch, and inference or a training step. It passes when 
 of the dense model's time (median of interleaved rounds; a case that fails is measured once more, longer) and its
 parameters and indices at most 1.02 of the dense bytes. Dense is the model as torch runs it; its training step, forward
 and backward(), is the rival although it lets pruned weights grow again. ``masked`` beside it compares with a model
-that keeps them at zero as a ticket search must, multiplying weights by masks. Bytes compare with dense weights and
-their masks (of a step: with gradients and Adam's moments on both sides); ``plain`` beside it compares parameters and
-indices with dense weights alone. Each case depends on its number only: a run that was stopped goes on where it was,
-and ``--first`` splits one among machines.
+that keeps them at zero as a ticket search must, multiplying weights by masks. Bytes of inference compare with the
+dense parameters; of a step with these, their masks, gradients and Adam's moments (gradients and moments on both
+sides); ``plain`` beside it compares parameters and indices with dense weights alone. Each case depends on its number
+only: a run that was stopped goes on where it was, and ``--first`` splits one among machines.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def run_case(number: int, plan_seconds: float) -> dict:
     found = sk.explain(fast)
     state = 3 if training else 0  # gradient and moments of every parameter
     held = [sum(p.numel() * p.element_size() for p in net.parameters()) * state for net in (fast, model)]
-    with_masks = found.dense_bytes + sum(mask.numel() for mask in masks.values() if not bool(mask.all()))
-    share = (found.bytes + held[0]) / (with_masks + held[1])
+    marks = sum(mask.numel() for mask in masks.values() if not bool(mask.all())) if training else 0
+    share = (found.bytes + held[0]) / (found.dense_bytes + marks + held[1])
     formats = {layer.name: layer.chosen for layer in found.layers}
     return {
         "case": number, **facts, "dense_us": times["dense"], "us": times["converted"], "time": ratio, "bytes": share,

@@ -39,6 +39,9 @@ class SparseModule(nn.Module):
     _guarded: Tensor | None = None
     """The parameter that torch's own operator takes as it is: it keeps its pruned entries at 0 by itself."""
 
+    _mark: Tensor | None = None
+    """What stands for the buffer of the mask after :meth:`shed`: the parameter, whose zeros say it, or a mask."""
+
     def _adopt(self, dense: nn.Module, weight: Tensor, mask: Tensor | None, format: str) -> None:
         """Take over a dense layer's weight, bias and training flag; raises before anything changes."""
         name = f"{self.layer_name}.weight" if self.layer_name else "weight"
@@ -76,7 +79,7 @@ class SparseModule(nn.Module):
         if not fmt.grouped and getattr(self, "groups", 1) != 1:
             name = self.layer_name or type(self).__name__
             raise ValueError(f"{name}: Expected a format that runs grouped convolutions, got {fmt.name!r}")
-        self._guarded = None
+        self._guarded = self._mark = None
         self._channels_last = self._channels_last or _is_channels_last(weight)
         layout = torch.channels_last if fmt.masked and self._channels_last else torch.contiguous_format
         mask = mask.contiguous(memory_format=layout)
@@ -99,6 +102,31 @@ class SparseModule(nn.Module):
         else:
             self.values.data = values
             self.values.grad = None
+
+    @torch.no_grad()
+    def shed(self) -> None:
+        """Hold no mask where a format's ``values`` say as much by their zeros: what infers is no larger than dense.
+
+        A mask is held again, though not as a buffer, once a gradient is due or ``values`` are packed anew; state dicts
+        have it always. A survivor that was set to 0 by hand before that counts as pruned.
+        """
+        mask = self._buffers.get("mask") if self._mark is None else self._mark
+        if not self.format.masked or mask is None or type(self.values) is not nn.Parameter or self.values.is_meta:
+            return
+        if mask is not self.values and torch.equal(self.values != 0, mask):
+            guard(self.values, None)
+            self._guarded, self._buffers["mask"] = None, None
+            self.__dict__["_mark"] = self.values  # not a second name of the parameter
+
+    def _marked(self) -> Tensor:
+        return self._mark if self._mark.dtype == torch.bool else self._mark.detach() != 0
+
+    def _hold(self) -> bool:
+        """Hold the mask of a layer that :meth:`shed` it; whether it held none."""
+        if self._mark is None or self._mark.dtype == torch.bool:
+            return False
+        self._mark = self._marked()
+        return True
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -124,8 +152,13 @@ class SparseModule(nn.Module):
             moved = fn(tensor)
             return moved if tensor.is_floating_point() or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self._guarded = None
-        return super()._apply(keeping_index, recurse)
+        self._guarded, shed = None, self._hold()  # another dtype may have other zeros
+        super()._apply(keeping_index, recurse)
+        if self._mark is not None:
+            self._mark = keeping_index(self._mark)
+        if shed:
+            self.shed()
+        return self
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_guarded"}
@@ -141,7 +174,8 @@ class SparseModule(nn.Module):
         if values.requires_grad:
             if len(self.shape) == 2 and self.format.fused(x, self.shape) and not torch.is_autocast_enabled("cpu"):
                 return False
-            guard(values, self._buffers[self.format.index_names[0]])
+            self._hold()
+            guard(values, self._buffers[self.format.index_names[0]] if self._mark is None else self._mark)
             self.__dict__["_guarded"] = values  # not a second name of the parameter
         return True
 
@@ -171,12 +205,18 @@ class SparseModule(nn.Module):
 
     def _index(self, x: Tensor) -> formats.Index:
         buffers, names = self._buffers, self.format.index_names
+        if self._mark is not None:
+            if torch.is_grad_enabled() and not (transformed() or torch.compiler.is_exporting()):  # which keep nothing
+                self._hold()
+            return (self._marked(),)
         missing = x.requires_grad and buffers[names[-1]] is None and self.format.derived_names
         if missing and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or transformed()):
             self.derive()
         return tuple([buffers[name] for name in names])
 
     def _saved_index(self) -> dict[str, Tensor]:
+        if self._mark is not None:
+            return {"mask": self._marked()}
         buffers = self._buffers
         return {n: buffers[n] for n in formats.saved_names(self.format) if buffers[n] is not None}
 
@@ -197,6 +237,7 @@ class SparseModule(nn.Module):
 
     def pack(self, dense: Tensor) -> Tensor:
         """A dense tensor of the weight's shape in the layout of ``values``: what survives of it."""
+        self._hold()  # what is packed may be put into values, zeros and all
         return self.format.gather(self._fold(dense), self._saved_index()).clone()
 
     @property
@@ -230,13 +271,30 @@ class SparseModule(nn.Module):
     def bytes(self) -> int:
         """Bytes of parameters and index tensors, those of the backward pass included once built."""
         tensors = [self.values, self.bias, *(self._buffers[name] for name in self.format.index_names)]
+        tensors += [self._mark] if self._mark is not self.values else []
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def _repr_tail(self) -> str:
         tail = f"bias={self.bias is not None}, format={self.format.name}, density={self.density:.4g}"
         return tail if self.activation == "none" else f"{tail}, activation={self.activation}"
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._mark is not None:
+            destination[prefix + "mask"] = self._marked()
+
+    def _load_from_state_dict(self, *args):
+        if self._mark is None:
+            return self._load(*args)
+        shed = self._hold()
+        self._buffers["mask"], self._mark = self._mark, None
+        self._load(*args)
+        self._mark, self._buffers["mask"] = self._buffers["mask"], None
+        if shed:
+            self.shed()
+        return None
+
+    def _load(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         self._guarded = None  # with assign=True parameter and mask become others
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         problems: list[str] = []

@@ -105,6 +105,8 @@ def convert(
     for name in masks:
         module, sparse = layers[name], planned["" if name == "weight" else name[: -len(".weight")]]
         sparse.joint = getattr(module, "joint", ".")
+        if not training:
+            sparse.shed()
         if not isinstance(module, nn.MultiheadAttention):
             _copy_hooks(module, sparse)
         swaps[id(module)] = sparse

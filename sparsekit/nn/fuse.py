@@ -128,6 +128,7 @@ def _fold(model: nn.Module, layer: SparseModule, path: str) -> None:
         weight, dtype = layer.weight.to(scale.dtype) * scale.view(-1, 1, 1, 1), layer.weight.dtype
         if isinstance(layer, SparseModule):
             layer.values.copy_(layer.pack(weight.to(dtype)))
+            layer.shed()
         else:
             layer.weight = nn.Parameter(weight.to(dtype), layer.weight.requires_grad)
         if isinstance(layer, BorderedConv2d):

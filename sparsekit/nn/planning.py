@@ -132,9 +132,9 @@ class Job:
         return self.packed[name]
 
     def oversize(self, name: str) -> str | None:
-        """Why a candidate would hold more than dense does (while it trains, gradient and Adam's moments too)."""
+        """Why a candidate would hold more than dense does (while it trains, mask, gradient and Adam's moments too)."""
         weight = weight_of(self.module)
-        limit = weight.numel() * (weight.element_size() * (4 if self.training else 1) + 1)
+        limit = weight.numel() * (4 * weight.element_size() + 1 if self.training else weight.element_size())
         if self.module.bias is not None:
             limit += self.module.bias.numel() * self.module.bias.element_size()
         sparse = self.pack(name)
