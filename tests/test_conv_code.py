@@ -31,6 +31,7 @@ CASES = {
     "pointwise, many lines": (3, (65, 40, 1, 1), (24, 30), {}),
     "pointwise, odd": (2, (64, 96, 1, 1), (15, 15), {}),
     "pointwise, 4 KB apart": (1, (64, 96, 1, 1), (32, 32), {}),
+    "pointwise, strided": (2, (64, 96, 1, 1), (35, 30), dict(stride=2)),
     "7x7": (3, (57, 16, 7, 7), (23, 22), dict(stride=2, padding=3)),
     "one output": (4, (1, 64, 3, 3), (20, 20), dict(padding=1)),
 }

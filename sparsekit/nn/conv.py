@@ -142,7 +142,7 @@ class SparseConv2d(_SparseConv):
     def forward(self, input: Tensor, skip: Tensor | None = None, activation: str = "none") -> Tensor:
         """``x [N, C, H, W]`` or ``[C, H, W]`` to ``[N, out, OH, OW]`` or ``[out, OH, OW]``.
 
-        ``skip`` is added and ``activation`` (relu, gelu, silu) applied after it, where :func:`fuse` joined them.
+        ``skip`` is added and ``activation`` (relu, gelu, silu) applied after it: :func:`sparsekit.fuse` asks for both.
         """
         if isinstance(input, Proxy):
             return self._traced(input, *(() if skip is None and activation == "none" else (skip, activation)))
