@@ -318,7 +318,8 @@ class Guard : public torch::autograd::FunctionPreHook {
     Tensor found = is_own(grad) ? grad : grad.clone();
     if (found.numel() <= kSmall && found.sizes().equals(mask_.sizes()) && found.strides().equals(mask_.strides()) &&
         found.is_non_overlapping_and_dense()) {
-      clear(found.mutable_data_ptr(), mask_.const_data_ptr<bool>(), found.numel(), found.element_size());
+      clear(found.mutable_data_ptr(), static_cast<const uint8_t*>(mask_.const_data_ptr()), found.numel(),
+            found.element_size());
     } else {
       static const auto zero_pruned_ = find<void(Tensor&, const Tensor&)>("sparsekit::zero_pruned_");
       zero_pruned_.call(found, mask_);
@@ -329,7 +330,7 @@ class Guard : public torch::autograd::FunctionPreHook {
   // Gradients of so many weights take less time than the call of an operator.
   static constexpr int64_t kSmall = 1 << 14;
 
-  static void clear(void* grad, const bool* mask, int64_t count, size_t bytes) {
+  static void clear(void* grad, const uint8_t* mask, int64_t count, size_t bytes) {
     if (bytes == 1) return clear(static_cast<uint8_t*>(grad), mask, count);
     if (bytes == 2) return clear(static_cast<uint16_t*>(grad), mask, count);
     if (bytes == 4) return clear(static_cast<uint32_t*>(grad), mask, count);
@@ -338,7 +339,8 @@ class Guard : public torch::autograd::FunctionPreHook {
 
   // By bits: neither a multiplication, which keeps NaN, nor a branch, which nothing predicts.
   template <class Bits>
-  __attribute__((optimize("O3"))) static void clear(Bits* grad, const bool* mask, int64_t count) {
+  __attribute__((optimize("O3"))) static void clear(Bits* __restrict grad, const uint8_t* __restrict mask,
+                                                    int64_t count) {
     for (int64_t i = 0; i < count; ++i) grad[i] &= Bits(-Bits(mask[i]));
   }
 
