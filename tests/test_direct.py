@@ -95,6 +95,16 @@ def written(model, optimizer):
     return step
 
 
+def test_a_model_that_was_converted_for_inference():
+    ours = net(None)
+    masks = prune(ours, 0.7, scope="layer")
+    x = torch.randn(4, 1, 6, 6)
+    ours = convert(ours, masks, x, impl="dense").train()
+    torchs = copy.deepcopy(ours)
+    same(ours, torchs, run(ours, Training(5), written), run(torchs, Training(5), torch_step))
+    assert not ours.fc1.weight[~masks["fc1.weight"]].any()
+
+
 def test_formats_side_by_side():
     ours = net().train()
     ours.fc1.set_format("dense")

@@ -105,9 +105,8 @@ class _Linear:
         fused, self._relu = False, torch.ops.aten.relu_.default
         if isinstance(module, SparseModule):
             fmt, shape = module.format, module.shape
-            if not first and fmt.derived_names and module._buffers[fmt.index_names[-1]] is None:
-                module.derive()
-            index = tuple([module._buffers[name] for name in fmt.index_names])
+            with torch.enable_grad():  # a backward is due: what it needs of the index is built, of a mask held again
+                index = module._index(values.detach() if first else values)
             fused = relu and "relu" in fmt.epilogue
             epilogue = ("relu",) if fused else ()
             self._product = lambda x: fmt.linear(x, values, bias, index, shape, *epilogue)
