@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kTileBytes = 32 << 10;   // the piece of a panel that should stay in L1
 // Survivors per row and tile that pay for what a tile costs: partial sums read again, and in a sampled
 // product a last group of dot products that is not full.
-constexpr int64_t kProductPerTile = 12, kSddmmPerTile = 16;
+constexpr int64_t kProductPerTile = 12, kSddmmPerTile = 12;
 constexpr int64_t kPackedBytes = 16 << 20;  // activations packed at a time
 constexpr int64_t kCodeSamples = 16;        // a smaller batch leaves lanes of machine code idle
 

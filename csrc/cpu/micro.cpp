@@ -64,7 +64,13 @@ void product(const Product<T>& a) {
   }
 }
 
-// A dy row stays in registers; `width` survivors at a time are finished by one transposing reduction.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// A dy row stays in registers; `width` survivors at a time are finished by one transposing reduction, what is left of
+// a row by smaller ones: always the same additions in the same order, so that a result never depends on its neighbours.
 template <class T, int NV, bool Offset>
 void sddmm(const Sddmm<T>& a) {
   using S = Simd<T>;
@@ -91,7 +97,21 @@ void sddmm(const Sddmm<T>& a) {
       if (a.accumulate) total += S::load(a.dvalues + p);
       S::store(a.dvalues + p, total);
     }
-    for (; p < end; ++p) {  // same additions in the same order: a result never depends on its neighbours
+    const auto few = [&](auto count) __attribute__((always_inline)) {
+      constexpr int K = decltype(count)::value;
+      if constexpr (K < W) {
+        if (p + K > end) return;
+        V sum[K];
+        SK_UNROLL for (int j = 0; j < K; ++j) sum[j] = dot(p + j);
+        V total = sum_few<T, K>(sum);
+        if (a.accumulate) total += load_part<T, Native<T>>(a.dvalues + p, K);
+        store_part<T, Native<T>>(a.dvalues + p, total, K);
+        p += K;
+      }
+    };
+    few(Constant<8>{});
+    few(Constant<4>{});
+    for (; p < end; ++p) {
       const T total = sum_one<T>(dot(p));
       a.dvalues[p] = a.accumulate ? total + a.dvalues[p] : total;
     }

@@ -99,6 +99,19 @@ SK_INLINE typename Simd<T>::V sum_each(typename Simd<T>::V* row) {
     return row[0];
 }
 
+// The same of the first K rows alone, in the first K lanes; K is a power of two below the width.
+template <class T, int K, int H = Simd<T>::width / 2>
+SK_INLINE typename Simd<T>::V sum_few(typename Simd<T>::V* row) {
+  using Lanes = typename MakeSeq<Simd<T>::width>::type;
+  if constexpr (H < K) {
+    return sum_each<T, H>(row);
+  } else {
+    SK_UNROLL for (int i = 0; i < K; ++i) row[i] += shuffle<Halves<Simd<T>::width, H, 1>>(row[i], row[i], Lanes{});
+    if constexpr (H > 1) return sum_few<T, K, H / 2>(row);
+    else return row[0];
+  }
+}
+
 // Sum of one vector's lanes, adding in exactly the order that sum_each uses.
 template <class T, int H = Simd<T>::width / 2>
 SK_INLINE T sum_one(typename Simd<T>::V v) {
