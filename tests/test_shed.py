@@ -160,7 +160,8 @@ def test_copies_files_and_formats():
     moved = converted()[2]
     moved[3].set_format("csr")
     moved[3].set_format("dense")
-    for net in (copy.deepcopy(fast), torch.load(file, weights_only=False), sk.convert(fast, training=True, impl="dense"), moved):
+    again = sk.convert(fast, training=True, impl="dense")
+    for net in (copy.deepcopy(fast), torch.load(file, weights_only=False), again, moved):
         is_masked(net, masks)
         train(net, x)
         is_masked(net, masks)
