@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -91,7 +92,8 @@ def race(
     thunks: Mapping[str, Thunk], seconds: float, *, least: int = 5, most: int = 200, slow: float = 0.02,
     hopeless: float = math.inf, clock: Wall | Events | None = None,
 ) -> dict[str, list[Sample]]:  # fmt: skip
-    """Samples of each thunk, warmed, a round of all at a time so that drift hits all alike.
+    """Samples of each thunk, warmed, a round of all at a time so that drift hits all alike, each round in another
+    order (the same in every run): small calls take several us more or less by what ran before them.
 
     ``seconds`` is the time to spend on each; at least ``least`` rounds are run, or half of them where a call takes
     ``slow`` seconds, and at most ``most``. A thunk of 1 ms or more that is ``hopeless`` times slower than the fastest
@@ -111,12 +113,13 @@ def race(
     else:
         samples |= {name: [] for name in racing}  # a first call of few microseconds tells little
     deadline = time.perf_counter() + seconds * len(racing)
-    rounds = 0
+    rounds, order = 0, random.Random(0)
     while rounds < least + clock.settling or (time.perf_counter() < deadline and rounds < most):
         rounds += 1
-        found = clock.round([(thunks[name], repeats[name]) for name in racing])
+        names = order.sample(racing, len(racing))
+        found = clock.round([(thunks[name], repeats[name]) for name in names])
         if rounds > clock.settling:
-            for name, sample in zip(racing, found, strict=True):
+            for name, sample in zip(names, found, strict=True):
                 samples[name].append(sample)
     return samples
 
