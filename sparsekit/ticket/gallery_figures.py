@@ -44,17 +44,23 @@ def bands(figure: Any, groups: Groups, key: str) -> bool:
     for name, group in groups.items():
         config = next(iter(group.values()))["config"]
         apart.setdefault((config.get("model"), config.get("data")), {})[name] = group
-    figure.set_size_inches(8, 0.6 + 4 * len(apart))
-    drawn = [_bands(figure.add_subplot(len(apart), 1, n + 1), own, key) for n, own in enumerate(apart.values())]
+    heights = [3.6 + 0.2 * sum(len(_kinds(group)) for group in own.values()) for own in apart.values()]
+    figure.set_size_inches(8, 0.4 + sum(heights))
+    grid = figure.add_gridspec(len(apart), 1, height_ratios=heights)
+    drawn = [_bands(figure.add_subplot(grid[n]), own, key) for n, own in enumerate(apart.values())]
     return any(drawn)
+
+
+def _kinds(group: dict[Path, Summary]) -> list[str]:
+    """What was trained in every round: tickets (``""``), then controls."""
+    return ["", *dict.fromkeys(c for summary in group.values() for c in words.control_names(summary))]
 
 
 def _bands(axes: Any, groups: Groups, key: str) -> bool:
     shown, factor = [], 100 if key == "test_accuracy" else 1
     for number, (name, group) in enumerate(groups.items()):
         rounds = [{row["round"]: row for row in summary["rounds"]} for summary in group.values()]
-        kinds = ["", *dict.fromkeys(c for summary in group.values() for c in words.control_names(summary))]
-        for which, kind in enumerate(kinds):
+        for which, kind in enumerate(_kinds(group)):
             points = []
             for at in sorted({number for rows in rounds for number in rows}):
                 rows = [row[at] for row in rounds if at in row]
@@ -76,7 +82,8 @@ def _bands(axes: Any, groups: Groups, key: str) -> bool:
         return False
     axes.set_ylabel("test accuracy (%)" if key == "test_accuracy" else "early-stop iteration")
     density_axis(axes, shown)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
+    columns = 2 if max(map(len, axes.get_legend_handles_labels()[1])) < 40 else 1
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize=9)
     return True
 
 
@@ -119,8 +126,16 @@ def layers(figure: Any, groups: Groups) -> bool:
         axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=dashes, label=name)
     axes.set_xticks(range(len(every)), every, rotation=60, fontsize=8)
     axes.set_ylabel("weights remaining (%)")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    _legend_below(figure, list(densities))
     return True
+
+
+def _legend_below(figure: Any, names: list[str]) -> None:
+    """A legend that the figure grows by, in two columns where the names are short."""
+    columns = 2 if max(map(len, names)) < 40 else 1
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * -(-len(names) // columns))
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def overlaps(figure: Any, groups: Groups) -> bool:
@@ -166,7 +181,7 @@ def instabilities(figure: Any, measured: dict[str, dict]) -> bool:
     axes.axhline(threshold, color="#8C8C8C", linewidth=1, linestyle="--")
     axes.set_xlabel("step k that children branch from; dashed: 2 %, stable below")
     axes.set_ylabel("instability (%)")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    _legend_below(figure, list(measured))
     return True
 
 
