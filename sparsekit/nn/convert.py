@@ -294,7 +294,7 @@ def reject_tied(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             name = name.removesuffix("_orig")  # as torch.nn.utils.prune renames it
             full = f"{module_name}.{name}" if module_name else name
             first = owners.setdefault(id(parameter), full)
-            for tied in {first, full} & masks.keys() if first != full else ():
+            if first != full and (tied := next((n for n in (first, full) if n in masks), None)):
                 raise ValueError(
                     f"{tied}: Expected a weight of its own, got one shared by {first} and {full}; "
                     "leave it dense by exclude=, or untie them"

@@ -52,6 +52,10 @@ class Joined:
                 done = [argument.name for argument, reader in last.items() if reader is node]
                 self.calls.append((node.op, target, args, kwargs, node.name, done))
 
+    @property
+    def __code__(self):  # torch.export asks a forward where it is written
+        return type(self.module).forward.__code__
+
     def __call__(self, *args, **kwargs):
         results = {name: default[0] for name, default in self.inputs.items() if default}
         results |= dict(zip(self.inputs, args, strict=False)) | kwargs
