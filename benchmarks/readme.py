@@ -100,8 +100,8 @@ def lenet(runs: list[dict]) -> str:
     return (
         f"LeNet-300-100 on MNIST by the paper's recipe, {dense['sparse']['steps']} iterations a round, "
         f"{len(first['rounds']) - 1} rounds of 20 %, against the best masked-dense loop (`weight * mask`, fused Adam, "
-        f"same threads), both run in full by `benchmarks/tickets.py`, ours by the written-out step (see the laboratory), "
-        f"which a masked-dense loop has not: it gains in dense rounds too. {speeds}. Accuracy at early stop: dense "
+        "same threads), both run in full by `benchmarks/tickets.py`, ours by the written-out step (see The laboratory) "
+        f"that a masked-dense loop has not: it gains in dense rounds too. {speeds}. Accuracy at early stop: dense "
         f"{dense['sparse']['test_accuracy']:.2%}, ticket at 13.5 % of the weights "
         f"{ticket['sparse']['test_accuracy']:.2%} (masked-dense {ticket['masked']['test_accuracy']:.2%}), "
         f"the same mask re-initialised {ticket['control']['test_accuracy']:.2%}."
