@@ -1,6 +1,7 @@
 """Whole models in and out of sparse layers."""
 
 import copy
+import re
 import sys
 import warnings
 
@@ -275,6 +276,17 @@ def test_dense_layers_that_a_sparse_one_would_not_shrink(monkeypatch):
     assert layer.chosen == "dense" and "x the memory of dense" in layer.rejected["csr"]
     (layer,) = sk.explain(sk.convert(model, {"0.weight": torch.rand(64, 64) < 0.1})).layers
     assert layer.chosen == "csr"
+
+
+def test_a_layer_may_be_bigger_while_the_model_is_not():
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    for densities, chosen in (((0.6, 0.1, 0.55), ["csr"] * 3), ((0.6, 0.4, 0.55), ["dense", "csr", "csr"])):
+        masks = {f"{2 * i}.weight": torch.rand(256, 256) < density for i, density in enumerate(densities)}
+        layers = sk.explain(fast := sk.convert(model, masks)).layers
+        assert [layer.chosen for layer in layers] == chosen
+        assert sum(module.bytes() for module in fast.modules() if isinstance(module, sk.SparseLinear)) <= dense
+    assert re.match(r"the model would hold 1.\d\dx its dense bytes", layers[0].rejected["csr"])
 
 
 # ---- forced formats and bad input -------------------------------------------------------------------

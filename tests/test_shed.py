@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -211,3 +212,13 @@ def test_exported_and_folded():
     masks = sk.prune(model, 0.5)
     fast = sk.fuse(sk.convert(model, masks, impl="dense"))
     assert held(fast) == [] and torch.equal(fast[0].survivors(), masks["0.weight"])
+
+
+def test_layers_that_the_whole_model_makes_dense_again_hold_no_mask(monkeypatch):
+    whole, planning = sys.modules["sparsekit.nn.whole"], sys.modules["sparsekit.nn.planning"]
+    csr = lambda thunks, key: ("csr", {name: 1.0 + (name == "dense") for name in thunks})  # noqa: E731
+    monkeypatch.setattr(planning, "choose", csr)
+    monkeypatch.setattr(whole, "measure", lambda passes, seconds: {"dense": 1.0, "sparse": 2.0})
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    fast = sk.convert(model, sk.prune(model, 0.9), torch.randn(20, 64))
+    assert [layer.chosen for layer in sk.explain(fast).layers] == ["dense", "dense"] and held(fast) == []

@@ -34,7 +34,7 @@ from .fuse import Applied, Shortened
 from .joined import separate
 from .linear import SparseLinear
 from .order import original, restore_order
-from .planning import Budget, Job, plan_layers, thunk
+from .planning import Budget, Job, fit, plan_layers, thunk
 from .pool import Pooled
 from .quantized import QuantizedLinear
 from .whole import call, check
@@ -105,8 +105,6 @@ def convert(
     for name in masks:
         module, sparse = layers[name], planned["" if name == "weight" else name[: -len(".weight")]]
         sparse.joint = getattr(module, "joint", ".")
-        if not training:
-            sparse.shed()
         if not isinstance(module, nn.MultiheadAttention):
             _copy_hooks(module, sparse)
         swaps[id(module)] = sparse
@@ -121,6 +119,10 @@ def convert(
     if plain is not None and jobs:
         key = "|".join([type(plain).__name__, *sorted(f"{job.name} {job.key}" for job in jobs)])
         plan = check(plain, model, example_inputs, training, key, budget, seconds)
+        fit(jobs, planned)
+    if not training:
+        for sparse in planned.values():
+            sparse.shed()
     replace(plan, seconds=budget.spent, formats=formats_of(model)).keep(model)
     return capture(model, example_inputs) if graph else model
 

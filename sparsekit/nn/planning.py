@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
 import torch
@@ -23,7 +23,7 @@ from ..plan import LayerPlan, best, cache_key, choose, density_bucket, recall
 from ..roofline import Product, predict
 from .base import SparseModule
 
-__all__ = ["Budget", "Job", "autocast", "plan_layers", "thunk"]
+__all__ = ["Budget", "Job", "autocast", "fall", "fit", "plan_layers", "thunk"]
 
 _HOPELESS = 1 / 3  # of dense's speed in prediction, which is good to a factor of two or so: not worth a measurement
 _CALLS = 7  # of each candidate, that a measurement takes
@@ -131,15 +131,19 @@ class Job:
                 self.packed[name].derive()
         return self.packed[name]
 
+    @property
+    def dense_bytes(self) -> int:
+        """What the layer holds dense: its parameters, and while it trains their mask, gradient and Adam's moments."""
+        weight, bias = weight_of(self.module), self.module.bias
+        held = weight.numel() * (4 * weight.element_size() + 1 if self.training else weight.element_size())
+        return held + (0 if bias is None else bias.numel() * bias.element_size())
+
     def oversize(self, name: str) -> str | None:
-        """Why a candidate would hold more than dense does (while it trains, mask, gradient and Adam's moments too)."""
-        weight = weight_of(self.module)
-        limit = weight.numel() * (4 * weight.element_size() + 1 if self.training else weight.element_size())
-        if self.module.bias is not None:
-            limit += self.module.bias.numel() * self.module.bias.element_size()
+        """Why a candidate would hold more than dense may: for inference a mask more, where :func:`fit` finds room."""
         sparse = self.pack(name)
         moments = 3 * sparse.values.numel() * sparse.values.element_size() if self.training else 0
-        ratio = (sparse.bytes() + moments) / limit
+        spare = 0 if self.training else self.mask.numel()
+        ratio = (sparse.bytes() + moments) / (self.dense_bytes + spare)
         return f"{ratio:.2f}x the memory of dense at density {self.density:.3g}" if ratio > 1 else None
 
     def measure(self) -> dict[str, float]:
@@ -199,6 +203,7 @@ class Job:
 def plan_layers(jobs: Iterable[Job], budget: Budget) -> dict[str, SparseModule]:
     """Each job's layer in its format, by name; measuring stops when the budget is spent."""
     groups: dict[str, list[Job]] = {}
+    jobs = list(jobs)
     for job in jobs:
         job.prepare()
         groups.setdefault(job.key, []).append(job)
@@ -216,7 +221,31 @@ def plan_layers(jobs: Iterable[Job], budget: Budget) -> dict[str, SparseModule]:
             continue
         times = alike[0].measure()
         done |= {job.name: job.settle(times, cached=False) for job in alike}
+    fit(jobs, done)
     return done
+
+
+def fit(jobs: Iterable[Job], done: Mapping[str, SparseModule]) -> None:
+    """Make layers dense, the largest first, until all together hold no more for inference than they do dense.
+
+    One of half density or so may hold more than dense, in order to be faster, while others hold much less.
+    """
+    jobs = [job for job in jobs if not job.training]
+    over = {job.name: done[job.name].bytes() - job.dense_bytes for job in jobs if done[job.name].plan.chosen != "dense"}
+    total, dense = sum(over.values()), sum(job.dense_bytes for job in jobs)
+    for name in sorted(over, key=lambda name: -over[name]):
+        if total <= 0:
+            break
+        fall(done[name], f"the model would hold {1 + total / dense:.2f}x its dense bytes with it")
+        total -= over[name]
+
+
+def fall(module: SparseModule, why: str) -> None:
+    """Make a layer dense again; its plan says why."""
+    plan, was = module.plan, module.format.name
+    module.set_format("dense")
+    rejected = {name: reason for name, reason in plan.rejected.items() if name != "dense"} | {was: why}
+    module.plan = replace(plan, chosen="dense", us=plan.dense_us, rejected=rejected)
 
 
 def thunk(module: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .. import device
 from ..plan import ModelPlan, measure, recall, remember
 from .base import SparseModule
-from .planning import Budget, autocast
+from .planning import Budget, autocast, fall
 
 __all__ = ["call", "check", "compare"]
 
@@ -71,7 +71,7 @@ def check(
                 losses = recall(f"{key}|losses") or remember(f"{key}|losses", _losses(plain, sparse, free, passes))
             worst = max(free, key=lambda name: _loss(losses, name))
             for name in [worst] if _loss(losses, worst) > 0 else [*free]:  # no layer is to blame: all of them
-                _fall(free.pop(name), us / dense_us)
+                fall(free.pop(name), f"the whole model took {us / dense_us:.2f}x the time of dense with it")
                 fallen.append(name)
 
 
@@ -86,15 +86,6 @@ def _loss(losses: Mapping[str, float], name: str) -> float:
     """Microseconds by which a layer is slower sparse than dense, 0 where that is not known."""
     times = losses.get(f"sparse {name}"), losses.get(f"dense {name}")
     return 0.0 if None in times else times[0] - times[1]
-
-
-def _fall(module: SparseModule, ratio: float) -> None:
-    """Make a layer dense again."""
-    plan, was = module.plan, module.format.name
-    module.set_format("dense")
-    rejected = {name: why for name, why in plan.rejected.items() if name != "dense"}
-    rejected[was] = f"the whole model took {ratio:.2f}x the time of dense with it"
-    module.plan = replace(plan, chosen="dense", us=plan.dense_us, rejected=rejected)
 
 
 def _losses(plain: nn.Module, sparse: nn.Module, names, passes: Mapping[str, Callable]) -> dict[str, float]:
