@@ -289,6 +289,13 @@ def test_a_layer_may_be_bigger_while_the_model_is_not():
     assert re.match(r"the model would hold 1.\d\dx its dense bytes", layers[0].rejected["csr"])
 
 
+@pytest.mark.parametrize("name", ["0", "0.weight"])
+def test_impl_names_a_layer_or_its_weight(name):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    fast = sk.convert(model, sk.prune(model, 0.5), impl={name: "csr", "1": "dense"})
+    assert [layer.format.name for layer in fast] == ["csr", "dense"]
+
+
 # ---- forced formats and bad input -------------------------------------------------------------------
 
 

@@ -139,9 +139,9 @@ def _impls(impl: str | Mapping[str, str], layers: Mapping[str, nn.Module]) -> di
     """The format to force on each weight, or ``"auto"``."""
     impls = dict.fromkeys(layers, "auto" if isinstance(impl, Mapping) else impl)
     for layer, name in impl.items() if isinstance(impl, Mapping) else ():
-        weight = f"{layer}.weight" if layer else "weight"
-        weight = weight if weight in layers else f"{layer}_weight"
-        if weight not in layers:
+        spelled = (layer, f"{layer}.weight" if layer else "weight", f"{layer}_weight")
+        weight = next((known for known in spelled if known in layers), None)
+        if weight is None:
             raise ValueError(f"Expected impl to name prunable layers ({', '.join(layers)}), got {layer!r}")
         impls[weight] = name
     known = ("auto", *formats.names())
