@@ -167,3 +167,8 @@ def test_export():
     with torch.no_grad():
         program = torch.export.export(small, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
         assert torch.equal(program.module()(randn(5, 200)), small(randn(5, 200)))
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"Expected a model \(a torch.nn.Module\), got OrderedDict"):
+        sk.quantize(nn.Linear(4, 4).state_dict())

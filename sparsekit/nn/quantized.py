@@ -17,6 +17,7 @@ from ..functional import check_linear, transformed
 from ..kernels.lanes import FORMAT
 from ..kernels.lanes.reference import dequantized
 from ..plan import NOISE, measure
+from ..prune import check_model
 from .linear import SparseLinear
 from .operations import hooked
 
@@ -159,8 +160,9 @@ def quantize(model: nn.Module, dtype: str = "int8", inplace: bool = False) -> nn
     the times compare: what waits for memory gets faster, what is in a cache does not. Products are summed in float32.
     The ``error`` of each layer is in its ``repr``; what it does to accuracy only a test set tells. Save the model
     first: packed files hold unrounded survivors. Returns a deep copy unless ``inplace``.
-    Raises ValueError on another dtype or a model without such layers.
+    Raises ValueError on another dtype or a model without such layers, TypeError on what is no model.
     """
+    check_model(model)
     if dtype not in _DTYPES:
         raise ValueError(f"Expected dtype {' or '.join(_DTYPES)}, got {dtype!r}")
     if not any(_fits(module) for module in model.modules()):
