@@ -424,7 +424,9 @@ def test_the_page_sorts_and_filters_in_a_browser(tmp_path):
 
 def test_committed_results_make_a_page(tmp_path):
     folder = Path(bench.__file__).resolve().parents[2] / "benchmarks/results"
-    others = ("lenet", "tickets", "regroup", "refill", "compaction", "replicates", "guarantee", "real")  # own formats
+    others = (  # own formats
+        "lenet", "tickets", "regroup", "refill", "compaction", "replicates", "guarantee", "real", "patterns"
+    )  # fmt: skip
     files = [f for f in sorted(folder.glob("cpu-*/*.json")) if not f.name.startswith(others)]
     if not files:
         pytest.skip("an installed package has no results")
