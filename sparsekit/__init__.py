@@ -11,6 +11,7 @@ if _find_spec(f"{__name__}.kernels") is None:
 
 from . import ops as _ops  # noqa: F401 - registers the operators
 from ._version import __version__ as __version__
+from .memory import keep_memory as keep_memory
 from .overlap import overlap as overlap
 from .pattern import Pattern as Pattern
 from .prune import criterion as criterion
@@ -47,6 +48,7 @@ __all__ = [
     "explain",
     "fuse",
     "instability",
+    "keep_memory",
     "load",
     "masks_of",
     "overlap",

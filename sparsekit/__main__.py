@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 from ._version import __version__
+from .memory import keep_memory
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Wrong input is one sentence on stderr and code 2."""
     args = _parser().parse_args(argv)
+    if args.command in ("ticket", "reproduce", "stability", "transfer", "bench"):
+        keep_memory()
     try:
         return args.run(args) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:

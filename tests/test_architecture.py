@@ -17,7 +17,7 @@ ROOT = Path(sparsekit.__file__).resolve().parents[1]
 # From the ground up. A module may import from its own floor and from any floor above it in this list.
 FLOORS = [
     {"schemas", "_version"},
-    {"_native", "_nodes", "_triton", "device", "clock"},
+    {"_native", "_nodes", "_triton", "device", "memory", "clock"},
     {"pattern", "mask", "transposable", "coding", "panels", "refill"},
     {"criteria", "schedule", "select"},
     {"prune"},

@@ -59,10 +59,10 @@ _CONV = {
 
 
 def _conv(setting: Setting, name: str, density: float, gain: str, faster: str) -> list[Check]:
-    iterations = setting.pick(4, {"conv2": 1500, "conv4": 2500, "conv6": 3000}[name], models.recipe(name).iterations)
-    rounds, every = setting.pick((1, 1), (3, 10 / 3), (20, 1))  # short: the paper's first ten rounds in three
+    iterations = setting.pick(4, {"conv2": 2000, "conv4": 2500, "conv6": 3000}[name], models.recipe(name).iterations)
+    rounds, every = setting.pick((1, 1), (5, 2), (20, 1))  # short: the paper's first ten rounds in five
     data, model = setting.pick(("digits", "digits-conv"), ("cifar10", name), ("cifar10", name))
-    training = replace(scaled(model, iterations), eval_every=setting.pick(iterations, 150, 100))
+    training = replace(scaled(model, iterations), eval_every=setting.pick(iterations, 125, 100))
     seeds, below = setting.seeds or setting.pick(1, 1, 5), setting.pick(1.0, 1.3 * density, 1.0)
     controls = ["reinit", "random"]
     found = search(setting, model, data, rounds, training, seeds, controls, every=every, below=below)
