@@ -61,7 +61,7 @@ def find(name: str, case: Case, run: Path, dataset):
     torch.manual_seed(0)
     search = sk.tickets(
         model, case.rounds, case.rates, scope=case.scope, run_dir=run,
-        exclude=[models.output_layer(model)] if case.scope == "global" else (),
+        exclude=[models.output_layer(model)] if name != "lenet-300-100" else (),
         example_inputs=dataset.train_x[: case.training.batch_size],
     )  # fmt: skip
     for round_ in search:
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="default: $SPARSEKIT_DATA")
     parser.add_argument("--run", type=Path, required=True, help="run directory of the search; goes on where it stopped")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--scope", choices=("layer", "global"), help="what is ranked together (default: as above)")
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--batch", type=int, help="to time (default 60, images of CIFAR-10 16)")
     parser.add_argument("--threads", type=int, default=2)
@@ -135,7 +136,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    sk.keep_memory()
     asked = case(args.model, args.rounds, args.iterations)
+    asked = dataclasses.replace(asked, scope=args.scope or asked.scope)
     dataset = data.load(asked.data, args.data_dir)
     if asked.data == "cifar10":
         few = {name: getattr(dataset, name)[:IMAGES] for name in ("val_x", "val_y", "test_x", "test_y")}
@@ -153,8 +156,8 @@ def main() -> None:
         rows["random mask"] = compare(model, random, x, y, asked.training)
     share = "" if found["flop_density"] is None else f" ({found['flop_density']:.1%} of the multiply-adds)"
     print(
-        f"{args.model}, {found['density']:.1%} left{share}, {found['test_accuracy']:.2%} on {asked.data}, "
-        f"batch {batch}, {args.threads} threads"
+        f"{args.model} ({asked.scope} scope), {found['density']:.1%} left{share}, {found['test_accuracy']:.2%} on "
+        f"{asked.data}, batch {batch}, {args.threads} threads"
     )
     for name, row in rows.items():
         print(
@@ -163,7 +166,8 @@ def main() -> None:
             f"of masked dense; {row['formats']}"
         )
     if args.out:
-        facts = {"environment": environment(), "model": args.model, "threads": args.threads, "batch": batch}
+        facts = {"environment": environment(), "model": args.model, "scope": asked.scope}
+        facts |= {"threads": args.threads, "batch": batch}
         facts |= {key: found[key] for key in ("density", "flop_density", "test_accuracy")}
         args.out.write_text(json.dumps(facts | {"rows": rows}, indent=1))
 
