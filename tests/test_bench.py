@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def test_levels_grow_and_names_are_unique():
         assert not any(case.device for case in bench.select(suite, "full"))
     assert {case.name for case in bench.select("hero", filter="4096 d0.1 step")} == {"linear-4096x1024-b64-d0.1-step"}
     assert len(bench.select("all")) == sum(len(bench.select(suite)) for suite in cases.SUITES)
+
+
+def test_models_have_cases_of_uniform_masks():
+    usual = {case.name: case for case in bench.select("models", filter="uniform")}
+    assert usual.keys() == {
+        f"{model}-uniform-d0.1-{work}"
+        for model in ("lenet-300-100-b60", "vgg16-b16", "resnet18-b1") for work in ("forward", "step")
+    }  # fmt: skip
+    assert {case.masks for case in usual.values()} == {"uniform"}
 
 
 @pytest.mark.parametrize("words", [{"suite": "dance"}, {"suite": "hero", "filter": "transformer"}])
@@ -173,6 +183,14 @@ def test_a_ticket_and_its_regrouped_rows_are_checked_and_timed(monkeypatch, no_p
     assert all(0 < row.error < 1e-3 and row.bytes < row.dense_bytes for row in rows)
     table = runner.table(rows)
     assert "mlp:64-300-100-10 ticket |" in table and "mlp:64-300-100-10 ticket regrouped |" in table
+
+
+def test_uniform_masks_give_every_layer_the_density(monkeypatch):
+    monkeypatch.setitem(cases.MODELS, "digits-conv", ((1, 8, 8), 2, 10))
+    case = cases.Case("models", "digits-conv", "forward", 0.25, 2, "auto")
+    told = [models.prepare(replace(case, masks=masks)).notes["density"] for masks in ("magnitude", "uniform")]
+    assert told[1] == "0.25 of the weights, 0.25 of the multiply-adds"
+    assert told[0].startswith("0.25 of the weights") and told[0] != told[1]
 
 
 def test_what_wants_data_is_left_out_with_the_reason(monkeypatch, tmp_path, no_probe):

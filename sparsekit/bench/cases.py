@@ -24,8 +24,9 @@ class Case:
     ``work``: ``forward``, ``dx`` and ``dw`` (operators alone), ``step`` (forward and backward), ``memory``
     (bytes, no time). ``block`` (outputs, inputs) are pruned together. ``format`` ``auto`` lets the plan choose.
     ``level`` is the smallest selection that includes the case: quick, usual or full. ``masks`` of models: those of
-    ``magnitude`` pruning of a fresh network, or of a ``ticket`` that a search finds first; ``regrouped`` orders their
-    rows by :func:`sparsekit.regroup`. ``device`` is ``cuda`` for what has a kernel on a GPU alone.
+    ``magnitude`` pruning of a fresh network as a whole, ``uniform`` where every layer has the density, or of a
+    ``ticket`` that a search finds first; ``regrouped`` orders their rows by :func:`sparsekit.regroup`. ``device`` is
+    ``cuda`` for what has a kernel on a GPU alone.
     """
 
     suite: str
@@ -165,6 +166,8 @@ def _models() -> Iterable[Case]:
                 level = "quick" if density == 0.1 and model == "lenet-300-100" else level
                 level = "full" if density != 0.1 and model != "lenet-300-100" else level
                 yield Case("models", model, work, density, batch, "auto", level=level)
+                if model in _SMALL_MODELS and density == 0.1:
+                    yield Case("models", model, work, density, batch, "auto", masks="uniform")
                 level = level if density == 0.1 and model in ("lenet-300-100", "vgg16") else "full"
                 yield Case("models", model, work, density, batch, "auto", level=level, regrouped=True)
                 if model != "lenet-300-100":

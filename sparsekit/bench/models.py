@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import convert, data, fuse, models, prune, regroup
+from ..flops import flop_density, positions
 from ..nn import SparseModule
 from ..ticket.train import Training, fit
 from .cases import TICKETS, Case
@@ -50,7 +51,8 @@ def prepare(case: Case, where: str = "cpu") -> Prepared:
         model, masks = map(deepcopy, _ticket(case.subject, case.density))
     else:
         model = models.build(case.subject, classes=classes, input_shape=shape, seed=0)
-        masks = prune(model, 1 - case.density, pattern=case.pattern)
+        scope = "layer" if case.masks == "uniform" else None
+        masks = prune(model, 1 - case.density, pattern=case.pattern, scope=scope)
     model, masks = model.to(where), {name: mask.to(where) for name, mask in masks.items()}
     with torch.no_grad():
         for name, mask in masks.items():
@@ -79,6 +81,7 @@ def prepare(case: Case, where: str = "cpu") -> Prepared:
     sizes = [_bytes(m) for m in (sparse, model)]
     weights = sum(mask.numel() for mask in masks.values())
     notes = {"torch.sparse": "has no convolution and no gradient for a fixed pattern"}
+    notes["density"] = _densities(model, masks, x)
     return Prepared({**rivals, "sparse": ours}, notes, tuple(x.shape), weights, *sizes, counts, error)
 
 
@@ -97,6 +100,11 @@ def _ticket(subject: str, density: float) -> tuple[nn.Module, dict[str, Tensor]]
         fit(twin, dataset, Training(200), _order)
         search.close(twin)
     return search.trained, search.masks
+
+
+def _densities(model: nn.Module, masks: dict[str, Tensor], x: Tensor) -> str:
+    weights = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    return f"{weights:.3g} of the weights, {flop_density(masks, positions(model, x)):.3g} of the multiply-adds"
 
 
 def _order(count: int, epoch: int) -> Tensor:

@@ -29,10 +29,10 @@ SECONDS = {"quick": 0.08, "usual": 0.2, "full": 0.4}
 class Row:
     """A measured case. Times in us; ``flops`` counts survivors only, ``bytes`` weight and index, ``moved`` all traffic.
 
-    ``rivals`` maps a name to its (p20, p50, p80), ``notes`` one that was not timed to why. ``limit`` is what
-    bounds the work, ``flops`` or ``bytes``, at the rates measured in the same run. Rows of ``memory`` have no times,
-    and a ``ratio`` of bytes. ``masks`` are ``random``, of ``magnitude`` or of a ``ticket``, ``order`` of their rows
-    ``natural`` or ``regrouped``.
+    ``rivals`` maps a name to its (p20, p50, p80), ``notes`` one that was not timed to why, and of models says what
+    share survives. ``limit`` is what bounds the work, ``flops`` or ``bytes``, at the rates measured in the same run.
+    Rows of ``memory`` have no times, and a ``ratio`` of bytes. ``masks`` are ``random``, of ``magnitude``, ``uniform``
+    or of a ``ticket``, ``order`` of their rows ``natural`` or ``regrouped``.
     """
 
     suite: str
