@@ -25,6 +25,7 @@ class CodePages {
   explicit operator bool() const { return data_ != nullptr; }
   char* data() const { return static_cast<char*>(data_); }
   size_t size() const { return size_; }
+  size_t held() const;  // bytes of memory
   // Processors look ahead in data much better than in code: fetches share `part` of `parts` of some of it.
   void prefetch(Span bytes, int64_t parts, int64_t part) const {
     const Span share = cut(bytes.end - bytes.begin, parts, part, 64);

@@ -12,6 +12,7 @@ constexpr double kSaved = 0.14, kSavedApart = 0.25, kLoad = 0.2, kFetchByte = 0.
 constexpr double kMostCode = 8 << 20;
 constexpr int64_t kNowhere = -1000;
 constexpr int64_t kSurvivorBytes = 7, kLoadBytes = 10, kPieceBytes = 24 << 10;
+constexpr int64_t kLead = 100;  // lines by which the pointer to x moves ahead of what is read: it reaches back 128
 
 using Function = void (*)(const float* x, const float* values, float* y, const float* bias);
 
@@ -91,10 +92,10 @@ ConvCode::ConvCode(const Lists& mask, const Geometry& geometry, const CodeSource
   Writer write(code);
   const int32_t* perm = source.perm.empty() ? nullptr : source.perm.data();
   PieceSorter sorter(lists, perm);
-  for (int64_t block = 0; block < blocks_; ++block) {
-    const int count = int(row(block + 1) - row(block));
-    for (int64_t c = 0; c < chunks_; ++c) {
-      const Span some{c * chunk, std::min(columns, (c + 1) * chunk)};
+  for (int64_t c = 0; c < chunks_; ++c) {
+    const Span some{c * chunk, std::min(columns, (c + 1) * chunk)};
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const int count = int(row(block + 1) - row(block));
       const auto& survivors = sorter.take({row(block), row(block + 1)}, some);
       Weights weights(write, sorter.first(), sorter.last(), count);
       write.align();
@@ -107,10 +108,20 @@ ConvCode::ConvCode(const Lists& mask, const Geometry& geometry, const CodeSource
       int loaded = 0, x = 0;
       int32_t column = -1;
       int64_t near = kNowhere;  // where an anchor points: the values of a few inputs of one output are neighbours
+      int64_t reach = 0;        // the byte that the pointer to x stands at
       for (const auto [r, index, value] : survivors) {
         if (index != column) {
           column = index, x = int(kBlockRows) + loaded++ % 4;
-          write.load_far(x, kX, int64_t(source.of_column[size_t(some.begin + column)]) * 4);
+          const int64_t from = int64_t(source.of_column[size_t(some.begin + column)]) * 4;
+          if (geometry.lanes == 1) {
+            write.load_far(x, kX, from);
+          } else {  // whole lines: the short form reaches 128 of them either way
+            if (from - reach < -128 * 64 || from - reach > 127 * 64) {
+              write.add(kX, int32_t(from + 64 * kLead - reach));
+              reach = from + 64 * kLead;
+            }
+            write.load(x, kX, (from - reach) / 64);
+          }
         }
         if (perm == nullptr) {
           weights.multiply_add(r, x, value);
@@ -124,6 +135,14 @@ ConvCode::ConvCode(const Lists& mask, const Geometry& geometry, const CodeSource
     }
   }
   pages_.emplace(code);
+  before_.assign(size_t(blocks_ + 1), 0);
+  for (int64_t block = 0; block < blocks_; ++block) {
+    before_[size_t(block + 1)] = before_[size_t(block)];
+    for (int64_t c = 0; c < chunks_; ++c) {
+      const Span piece = extent(c * blocks_ + block);
+      before_[size_t(block + 1)] += size_t(piece.end - piece.begin);
+    }
+  }
 }
 
 Span ConvCode::extent(int64_t piece) const {
@@ -136,13 +155,12 @@ void ConvCode::run(Span blocks, const float* x, const int32_t* starts, int64_t l
   static constexpr float kNoBias[kBlockRows] = {};
   for (int64_t c = 0; c < chunks_; ++c)
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      const auto code = reinterpret_cast<Function>(pages_->data() + pieces_[block * chunks_ + c]);
+      const auto code = reinterpret_cast<Function>(pages_->data() + pieces_[c * blocks_ + block]);
       const float* start = bias ? bias + row(block) : kNoBias;
       float* to = y + (row(block) - row(blocks.begin)) * stride_;
       // The next piece is fetched while this one runs.
       const bool wrap = block + 1 == blocks.end;
-      const Span next = wrap && c + 1 == chunks_ ? Span{0, 0}
-                        : extent(wrap ? blocks.begin * chunks_ + c + 1 : (block + 1) * chunks_ + c);
+      const Span next = wrap && c + 1 == chunks_ ? Span{0, 0} : extent(wrap ? (c + 1) * blocks_ + blocks.begin : c * blocks_ + block + 1);
       for (int64_t t = 0; t < lines; ++t) {
         pages_->prefetch(next, lines, t);
         code(x + starts[t], values, to + t * 16, start);
@@ -180,10 +198,8 @@ std::shared_ptr<const ConvCode> ConvCode::find_transposed(const Tensor& key, con
 Span ConvCode::share(int64_t parts, int64_t part) const {
   const auto bound = [&](int64_t which) -> int64_t {
     if (which == parts) return blocks_;
-    const size_t goal = pages_->size() * size_t(which) / size_t(parts);
-    int64_t block = 0;
-    while (block < blocks_ && pieces_[block * chunks_] < goal) ++block;
-    return block;
+    const size_t goal = before_.back() * size_t(which) / size_t(parts);
+    return std::lower_bound(before_.begin(), before_.end(), goal) - before_.begin();
   };
   return {bound(part), bound(part + 1)};
 }

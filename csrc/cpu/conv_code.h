@@ -31,7 +31,7 @@ class ConvCode {
                                                          int64_t stride, int64_t lines);
 
   bool usable() const { return bool(*pages_); }
-  size_t bytes() const { return pages_->size(); }
+  size_t bytes() const { return pages_->held(); }
   // Cuts of the rows that fall between blocks of equal code.
   Span share(int64_t parts, int64_t part) const;
   int64_t blocks() const { return blocks_; }
@@ -53,7 +53,8 @@ class ConvCode {
   Outline outline_;  // of the mask, to notice a key that belongs to another
   Geometry geometry_;
   int64_t blocks_, block_rows_, chunks_ = 0;
-  std::vector<size_t> pieces_;  // [block][chunk], where its code begins
+  std::vector<size_t> pieces_;  // [chunk][block], the order in which they run: where its code begins
+  std::vector<size_t> before_;  // [block], bytes of code of the blocks before it
   std::optional<CodePages> pages_;
 };
 

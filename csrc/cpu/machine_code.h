@@ -24,7 +24,7 @@ class MachineCode {
   static bool reads_in_place(const Lists& lists, int64_t features);
 
   bool usable() const { return bool(*pages_); }
-  size_t bytes() const { return pages_->size(); }
+  size_t bytes() const { return pages_->held(); }
   int64_t survivors() const { return nnz_; }
   int64_t blocks() const { return blocks_; }
   int64_t row(int64_t block) const { return std::min(rows_, block * block_rows_); }
