@@ -331,6 +331,50 @@ def test_depthwise_channels_go_as_a_whole():
     same_state(cut.expand(), cut.original)
 
 
+class Signals(nn.Module):
+    """Convolutions over one dimension, padded with zeros and in circles, with a norm, a pool and a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv1d(4, 12, 5, padding=2), nn.BatchNorm1d(12)
+        self.body = nn.Conv1d(12, 12, 3, padding=1, padding_mode="circular", bias=False)
+        self.deep = nn.Conv1d(12, 12, 3, groups=12, stride=2, bias=False)
+        self.last = nn.Conv1d(12, 8, 3)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.avg_pool1d(F.relu(self.body(x)) + x, 2)
+        return self.head(self.last(self.deep(x)).flatten(1))
+
+
+class Branching(Signals):
+    """Its code asks the data, which torch.fx cannot trace."""
+
+    def forward(self, x):
+        if x.shape[0] > 100 and x.sum() > 0:
+            return super().forward(-x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("net", [Signals, Branching])
+@pytest.mark.parametrize("seed", range(3))
+def test_convolutions_over_one_dimension(net, seed):
+    torch.manual_seed(seed)
+    model = settle(net().double(), seed)
+    masks = random_masks(model, 0.4, seed, whole=True)
+    cut = sk.compact(model, masks, x := torch.randn(5, 4, 18, dtype=torch.float64))
+    assert bool(cut.note) == (net is Branching) and not cut.problem
+    small, full = (sum(p.numel() for p in model.parameters()) for model in (cut.model, model))
+    assert small < 0.8 * full, str(cut)
+    for mode in (True, False):
+        close(copy.deepcopy(cut.model).train(mode)(x), copy.deepcopy(cut.original).train(mode)(x))
+    same_state(cut.expand(), cut.original)
+    moved = sk.regroup(model, masks, x)
+    close(moved.model.eval()(x), cut.original.eval()(x))
+    same_state(moved.restore(), cut.original)
+
+
 class Sized(nn.Module):
     """Its view has a size written out, so its units cannot go."""
 

@@ -17,7 +17,12 @@ from .operations import is_layer, is_norm
 __all__ = ["exported", "quiet"]
 
 _aten = torch.ops.aten
-_PACKETS = {_aten.linear: nn.Linear, _aten.conv2d: nn.Conv2d, _aten.batch_norm: nn.modules.batchnorm._BatchNorm}
+_PACKETS = {
+    _aten.linear: nn.Linear,
+    _aten.conv1d: nn.Conv1d,
+    _aten.conv2d: nn.Conv2d,
+    _aten.batch_norm: nn.modules.batchnorm._BatchNorm,
+}
 _COUNTER = "num_batches_tracked"
 
 
@@ -89,10 +94,14 @@ def _layer(model: nn.Module, node: fx.Node) -> tuple[nn.Module | None, str]:
     expected = [f"{path}.{name}" if path else name for name in names if getattr(module, name) is not None]
     if [argument.target for argument in own] != expected:
         return None, ""
-    if isinstance(module, nn.Conv2d):
-        given = [*node.args[3:], *((1, 1), (0, 0), (1, 1), 1)[len(node.args) - 3 :]]
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        ones = (1,) * len(module.kernel_size)
+        zeros = (0,) * len(ones)
+        padding = module.padding if module.padding_mode == "zeros" else zeros  # others are operators of their own
+        given = list(node.args[3:])
+        given += (ones, zeros, ones, 1)[len(given) :]
         if [_pair(part) for part in given] != [
-            _pair(part) for part in (module.stride, module.padding, module.dilation, module.groups)
+            _pair(part) for part in (module.stride, padding, module.dilation, module.groups)
         ]:
             return None, ""
     return module, path

@@ -45,7 +45,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module has rows or channels that can be cut: plain linear, convolution, batch norm."""
-    return type(module) in (nn.Linear, nn.Conv2d, *_NORMS)
+    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, *_NORMS)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -62,7 +62,7 @@ def extents(module: nn.Module) -> tuple[int, int]:
 
 def unit_axis(module: nn.Module, rank: int) -> int:
     """The axis along which a layer has its units."""
-    return 1 if is_norm(module) else rank - {nn.Linear: 1, nn.Conv2d: 3}[type(module)]
+    return 1 if is_norm(module) else rank - {nn.Linear: 1, nn.Conv1d: 2, nn.Conv2d: 3}[type(module)]
 
 
 def norm_constants(norm: nn.Module, const: np.ndarray, training: bool) -> np.ndarray:

@@ -66,14 +66,16 @@ def replace(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 def _guesses(model: nn.Module) -> list[Tensor]:
     """Inputs a model might take, by its first layer."""
-    first = next((m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)), None)
+    first = next((m for m in model.modules() if type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d)), None)
     if first is None:
         return [torch.zeros(2, 1)]
     like = {"device": first.weight.device, "dtype": first.weight.dtype}
     generator = torch.Generator().manual_seed(0)
-    sizes = [(first.in_features,)] if isinstance(first, nn.Linear) else [
-        (first.in_channels, side, side) for side in (32, 28, 64, 8, 224, 16, 96)
+    sides = [()] if isinstance(first, nn.Linear) else [
+        (side,) * len(first.kernel_size) for side in (32, 28, 64, 8, 224, 16, 96, 128)
     ]  # fmt: skip
+    inputs = first.in_features if isinstance(first, nn.Linear) else first.in_channels
+    sizes = [(inputs, *side) for side in sides]
     return [torch.randn(2, *size, generator=generator).to(**like) for size in sizes]
 
 

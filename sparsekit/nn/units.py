@@ -38,7 +38,7 @@ class Layer:
     def bordered(self) -> bool:
         """Whether zeros are padded around the input, where a constant is no constant."""
         module = self.module
-        if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros" or module.padding == "valid":
+        if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.padding_mode != "zeros" or module.padding == "valid":
             return False
         if module.padding == "same":
             return max(module.kernel_size) > 1
