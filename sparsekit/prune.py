@@ -21,7 +21,10 @@ from .mask import Masks, check_masks, is_transposed, leaf_name, pruned_by_torch,
 from .pattern import Pattern
 from .select import pools, select, shares, spread
 
-__all__ = ["CRITERIA", "Layer", "check_model", "criterion", "prunable", "prune", "prune_step", "refill", "why_not"]
+__all__ = [
+    "CRITERIA", "Layer", "check_counts", "check_model", "criterion", "prunable", "prune", "prune_step", "refill",
+    "why_not",
+]  # fmt: skip
 
 Scope = str | Sequence[str | Iterable[str]]
 
@@ -224,6 +227,13 @@ def _alive(module: nn.Module) -> Tensor:
     return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
 
 
+def check_counts(steps: object, least: object) -> None:
+    """Raises ValueError unless both are whole numbers that :func:`prune` takes; ``steps`` may be None."""
+    for name, value, smallest in (("steps", 1 if steps is None else steps, 1), ("least", least, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise ValueError(f"Expected {name} as a whole number of at least {smallest}, got {value!r}")
+
+
 def _count(alive: Mapping[str, Tensor], names: Iterable[str]) -> int:
     return sum(int(alive[name].sum()) for name in names)
 
@@ -239,9 +249,7 @@ def _prune(layers, alive, given, pattern, criterion, scope, to_keep, steps, leas
     rates = shares(given, together, scope)
     score = find(criterion)
     steps = getattr(score, "steps", 1) if steps is None else steps
-    for name, value, floor_ in (("steps", steps, 1), ("least", least, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < floor_:
-            raise ValueError(f"Expected {name} as a whole number of at least {floor_}, got {value!r}")
+    check_counts(steps, least)
     transposed = {name for name, module in layers.items() if is_transposed(module)}
 
     def turned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -92,6 +92,12 @@ def test_controls_that_are_none(text):
 # In a search
 
 
+def test_a_fresh_network_of_another_architecture_is_refused():
+    round_ = next(iter(search(rounds=1)))
+    with pytest.raises(ValueError, match=r"Expected fresh as a new model of the search's architecture, got Linear"):
+        round_.control("reinit", 0, torch.nn.Linear(3, 2))
+
+
 @pytest.mark.parametrize("rewind", ["init", "3it"])
 def test_controls_of_a_round_are_sparse_and_start_where_they_should(rewind):
     seen, found = run(rewind=rewind, rounds=1)

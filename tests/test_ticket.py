@@ -136,6 +136,18 @@ def test_tied_weights_are_refused_before_training_unless_they_stay():
         assert len(list(search(tied, **how))) == 3
 
 
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"least": -1}, {"example_inputs": X[:, :, :3]}, {"example_inputs": 3}])
+def test_what_only_pruned_rounds_need_is_checked_before_training(wrong, tmp_path):
+    with pytest.raises(ValueError, match=rf"Expected {next(iter(wrong))} "):
+        search(net(), run_dir=tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_is_a_function():
+    with pytest.raises(TypeError, match=r"Expected loss as a function of \(output, y\), got str"):
+        search(net(), criterion="snip", data=(X, Y), loss="cross_entropy")
+
+
 def test_rates_by_layer_and_layers_left_out():
     seen, _ = run(rounds=1, rate={"*": 0.5, "7": 0.25}, exclude="5")
     masks = seen[1][0].masks

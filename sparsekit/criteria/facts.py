@@ -35,6 +35,8 @@ class Facts:
         self._model, self._names = model, list(names)
         self._init = init.state_dict() if isinstance(init, nn.Module) else init
         self._batches = None if data is None else batches_of(data)
+        if loss is not None and not callable(loss):
+            raise TypeError(f"Expected loss as a function of (output, y), got {type(loss).__name__}")
         self._loss = F.cross_entropy if loss is None else loss
         self._twin: nn.Module | None = None
         self._weights: dict[str, Tensor] = {}

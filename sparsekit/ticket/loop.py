@@ -22,13 +22,13 @@ from ..nn import convert, dense_state, masks_of
 from ..nn.convert import reject_tied
 from ..pattern import Pattern
 from ..plan import explain
-from ..prune import prunable, prune_step
+from ..prune import check_counts, prunable, prune_step
 from ..schedule import check_rates
 from . import ranks
 from .ledger import masked_dense_us, summarize
 from .refilled import check_refill, refilled
 from .rewind import Rewind, Snapshot, get_rng, set_rng
-from .round import Round, formats_of
+from .round import Round, formats_of, shapes
 from .store import RunDir
 
 __all__ = ["TicketSearch", "tickets"]
@@ -71,8 +71,9 @@ class TicketSearch:
         self._everything = everything
         self._total = sum(mask.numel() for mask in everything.values())
         self._positions: dict[str, int] = {}
-        self._rehearse()
+        check_counts(facts["steps"], facts["least"])
         self._example_inputs, self._impl = example_inputs, impl
+        self._rehearse()
         self._run_dir = run_dir
         self.config = self._configuration(rate, note or {})
         self.start: Snapshot | None = None
@@ -91,6 +92,12 @@ class TicketSearch:
                 masks = prune_step(self.model, {}, rate, **self._how | {"init": self.model.state_dict(), "steps": 1})
                 reject_tied(self.model, {name: mask for name, mask in masks.items() if not bool(mask.all())})
         set_rng(rng)
+        if self._example_inputs is not None:
+            try:
+                self._positions = positions(self.model, self._example_inputs)
+            except Exception as error:  # whatever its layers raise
+                got = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise ValueError(f"Expected example_inputs that the model takes, got: {got}") from error
 
     def _configuration(self, rate: Any, note: Mapping[str, Any]) -> dict[str, Any]:
         """What was asked for, JSON-ready."""
@@ -104,7 +111,7 @@ class TicketSearch:
             "rewind": str(self.rewind),
             "exclude": list(how["exclude"]),
             "impl": self._impl,
-            "parameters": {name: list(tensor.shape) for name, tensor in self.model.state_dict().items()},
+            "parameters": shapes(self.model.state_dict()),
         }
         # What is not asked for is not written, so that runs that began before it could be go on.
         config |= {key: how[key] for key in ("steps", "least") if how[key]}
@@ -122,11 +129,10 @@ class TicketSearch:
         dead = sum(mask.numel() - int(mask.sum()) for mask in masks.values())
         return 1 - dead / max(1, self._total)
 
-    def flop_density(self, model: nn.Module, masks: Mapping[str, Tensor]) -> float | None:
+    def flop_density(self, masks: Mapping[str, Tensor]) -> float | None:
         """Share of the multiply-adds of all prunable layers that ``masks`` leave; None without example inputs."""
         if self._example_inputs is None:
             return None
-        self._positions = self._positions or positions(model, self._example_inputs)
         return flop_density({name: masks.get(name, mask) for name, mask in self._everything.items()}, self._positions)
 
     def convert(self, model: nn.Module, masks: Masks, formats: Mapping[str, str]) -> nn.Module:
@@ -179,8 +185,7 @@ class TicketSearch:
                 run.keep_summary(self.summary)
 
     def _check_start(self, start: Snapshot) -> None:
-        shapes = {name: list(tensor.shape) for name, tensor in start.model.items()}
-        if shapes != self.config["parameters"]:
+        if shapes(start.model) != self.config["parameters"]:
             raise ValueError(f"{self._run_dir}: Expected a start of this model's shapes, got another model's")
 
     def _open_round(self, number: int, start: Snapshot) -> Round:
@@ -227,7 +232,7 @@ class TicketSearch:
         result = {
             "round": round_.number,
             "density": round_.density,
-            "flop_density": self.flop_density(round_.model, masks),
+            "flop_density": self.flop_density(masks),
             "masks_sha256": digest,
             "test_accuracy": None,
             "val_loss": None,

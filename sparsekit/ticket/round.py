@@ -16,7 +16,7 @@ from .controls import control, parse
 from .rewind import Rewind, Snapshot, check_optimizer, encode, get_rng, set_rng
 from .tangent import Tangent
 
-__all__ = ["Round", "formats_of", "plain"]
+__all__ = ["Round", "formats_of", "plain", "shapes"]
 
 _OWN_METRICS = {"round", "density", "flop_density", "masks_sha256", "layers", "speedup", "overhead_seconds"}
 
@@ -107,6 +107,8 @@ class Round:
         search, new = self._search, parse(text)[0] == "reinit"
         point = search.start if new or search.point is None else search.point
         given = None if fresh is None else fresh.state_dict()
+        if given is not None and shapes(given) != search.config["parameters"]:
+            raise ValueError(f"Expected fresh as a new model of the search's architecture, got {type(fresh).__name__}")
         state, masks = control(text, point.model, self.masks, seed, search.pattern, given)
         model = copy.deepcopy(search.model)
         model.load_state_dict(state)
@@ -151,6 +153,11 @@ class Round:
                 f"Expected round 0 to reach the rewind point {text!r}, step {self._point}, got {self.steps} calls of "
                 "round.step()"
             )
+
+
+def shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """The shape of every entry of a state dict, JSON-ready."""
+    return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
 def formats_of(model: nn.Module) -> dict[str, str]:
