@@ -46,6 +46,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
   m.impl("csr_sddmm", TORCH_BOX(&sparsekit::csr_sddmm));
   m.impl("csr_linear_backward", TORCH_BOX(&sparsekit::csr_linear_backward));
   m.impl("csr_conv2d", TORCH_BOX(&sparsekit::csr_conv2d));
+  m.impl("csr_conv2d_planes", TORCH_BOX(&sparsekit::csr_conv2d_planes));
   m.impl("csr_conv2d_t", TORCH_BOX(&sparsekit::csr_conv2d_t));
   m.impl("csr_conv2d_sddmm", TORCH_BOX(&sparsekit::csr_conv2d_sddmm));
   m.impl("csr_conv2d_backward", TORCH_BOX(&sparsekit::csr_conv2d_backward));
@@ -59,6 +60,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
   m.impl("bsr_conv2d_backward", TORCH_BOX(&sparsekit::bsr_conv2d_backward));
   m.impl("lanes_linear", TORCH_BOX(&sparsekit::lanes_linear));
   m.impl("max_pool2d", TORCH_BOX(&sparsekit::max_pool2d));
+  m.impl("max_pool2d_planes", TORCH_BOX(&sparsekit::max_pool2d_planes));
   m.impl("dense_sddmm", TORCH_BOX(&sparsekit::dense_sddmm));
   m.impl("zero_pruned_", TORCH_BOX(&sparsekit::zero_pruned_));
 }

@@ -17,6 +17,7 @@ from . import _native
 from .kernels import bsr, panel, reference
 from .kernels.bitmap import reference as bitmap_reference
 from .kernels.blocks import reference as blocks_reference
+from .kernels.csr import planes
 from .kernels.lanes import reference as lanes_reference
 from .kernels.nm import cuda as nm
 from .kernels.nm import reference as nm_reference
@@ -25,8 +26,9 @@ from .schemas import SCHEMAS
 _BLOCKED = {f"{fmt.name}_{verb}": verb for fmt in (bsr.FORMAT, panel.FORMAT) for verb in fmt.verbs}
 """The operators of the formats of dense blocks share shapes and twins, verb by verb."""
 
-TWINS = {name: getattr(reference, name) for name in SCHEMAS if name.startswith("csr_")}
+TWINS = {name: getattr(reference, name) for name in SCHEMAS if name.startswith("csr_") and hasattr(reference, name)}
 TWINS |= {name: getattr(blocks_reference, verb) for name, verb in _BLOCKED.items()}
+TWINS |= {name: getattr(planes, name) for name in ("csr_conv2d_planes", "max_pool2d_planes")}
 TWINS |= {"max_pool2d": reference.max_pool2d, "bitmap_linear": bitmap_reference.bitmap_linear}
 TWINS |= {"lanes_linear": lanes_reference.lanes_linear}
 TWINS |= {"zero_pruned_": reference.clear_pruned_, "dense_sddmm": reference.dense_sddmm}
@@ -115,6 +117,21 @@ def csr_conv2d(
 
 
 @_fake
+def csr_conv2d_planes(
+    x, x_size, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups,
+    code_key, activation, skip, skip_size, lanes, border,
+):  # fmt: skip
+    image = x.new_empty(x_size[0], 0, *x_size[1:3], device="meta") if x_size else x
+    size = [image.shape[0], *_output_size(image, kernel_size, stride, padding, dilation)]
+    channels = crow_indices.shape[0] - 1
+    return _planes(x, [*size, border], channels, lanes) if border >= 0 else x.new_empty(size[0], channels, *size[1:])
+
+
+def _planes(like, size, channels, lanes):
+    return like.new_empty(-(-size[0] // lanes), channels, planes.positions(size, lanes, like.dtype), lanes)
+
+
+@_fake
 def csr_conv2d_t(
     dy, values, t_crow, t_row, t_perm, input_size, kernel_size, stride, padding, dilation, groups
 ):
@@ -142,6 +159,13 @@ def csr_conv2d_backward(
 @_fake
 def max_pool2d(x, kernel_size, stride, padding):
     return x.new_empty(*x.shape[:2], *_output_size(x, kernel_size, stride, padding, (1, 1)))
+
+
+@_fake
+def max_pool2d_planes(x, x_size, kernel_size, stride, padding, border):
+    image = x.new_empty(x_size[0], 0, *x_size[1:3], device="meta")
+    size = [x_size[0], *_output_size(image, kernel_size, stride, padding, (1, 1)), border]
+    return _planes(x, size, x.shape[1], x.shape[3])
 
 
 @_fake

@@ -17,6 +17,11 @@ Vocabulary
     ``csr_chain`` is ``csr_linear`` of one layer after the other, an entry of each list per layer.
     ``csr_conv2d`` adds ``skip``, of the shape and dtype of its result, before the activation.
 
+    ``*_planes``: images [n, channels, h, w] as ``[ceil(n / lanes), channels, positions, lanes]``, padded by ``border``
+    zeros (kernels/csr/planes.py); ``x_size`` and ``skip_size`` say n, h, w, border of such tensors and are empty for
+    images. ``lanes`` is 1 or a cache line's and no less than theirs. The result is planes of ``border``, an image if
+    that is -1. float32 or float64.
+
     ``bsr_*``, ``panel_*``: ``values [blocks, R, C]`` are blocks of R outputs by C inputs of one tap (kernel
     position) and group; with ``rows = ceil(out / groups / R)``, ``cols = ceil(in / groups / C)``, ``taps = kh * kw``:
     ``crow_indices int32 [groups * rows + 1]``, ``col_indices int32 [blocks]`` = ``tap * cols + input block``
@@ -95,6 +100,11 @@ SCHEMAS = {
         "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, "
         f'int[2] kernel_size, {_CONV}, Tensor? code_key=None, str activation="none", Tensor? skip=None) -> Tensor'
     ),
+    "csr_conv2d_planes": (
+        "(Tensor x, int[] x_size, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, "
+        f"int[2] kernel_size, {_CONV}, Tensor? code_key, str activation, Tensor? skip, int[] skip_size, int lanes, "
+        "int border) -> Tensor"
+    ),
     "csr_conv2d_t": (
         f"(Tensor dy, Tensor values, {_T}, int[2] input_size, int[2] kernel_size, {_CONV}) -> Tensor"
     ),
@@ -121,6 +131,9 @@ SCHEMAS = {
     "nm_linear_t": "(Tensor dy, Tensor values, Tensor choice, Tensor? t_choice) -> Tensor",
     "nm_sddmm": "(Tensor dy, Tensor x, Tensor choice) -> Tensor",
     "max_pool2d": "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor",
+    "max_pool2d_planes": (
+        "(Tensor x, int[] x_size, int[2] kernel_size, int[2] stride, int[2] padding, int border) -> Tensor"
+    ),
     "dense_sddmm": "(Tensor dy, Tensor x, Tensor mask) -> Tensor",
     "zero_pruned_": "(Tensor(a!) grad, Tensor mask) -> ()",
     "build_info": "() -> str",

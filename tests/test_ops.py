@@ -15,7 +15,7 @@ from sparsekit import _native
 from sparsekit.kernels import lanes
 from sparsekit.kernels.bitmap import layout as bitmap_layout
 from sparsekit.kernels.blocks import layout as bl
-from sparsekit.kernels.csr import layout
+from sparsekit.kernels.csr import layout, planes
 from sparsekit.kernels.nm import layout as nm_layout
 from sparsekit.ops import TWINS
 from sparsekit.schemas import SCHEMAS
@@ -81,6 +81,24 @@ def pool_calls(n, channels, size):
     """Arguments of the pooling operator."""
     x = torch.randn(n, channels, *size)
     return {"max_pool2d": [(x, [3, 3], [2, 2], [1, 1]), (x.double(), [2, 3], [1, 4], [0, 1])]}
+
+
+def planes_calls(n, inputs, size, stride=1):
+    """Arguments of the operators of planes, every lane a sample."""
+    mask, x = torch.rand(5, inputs, 3, 3) < 0.3, torch.randn(n, inputs, *size, dtype=torch.float64)
+    weight = (torch.randn(int(mask.sum()), dtype=torch.float64), *layout.csr(mask).values())
+    conv, lanes = [[3, 3], [stride] * 2, [1, 1], [1, 1], 1], 8 if n % 8 == 0 else 1
+    held, own = planes.to_planes(x, 2, lanes), [n, *size, 2]
+    y = torch.nn.functional.conv2d(x, torch.zeros(5, inputs, 3, 3, dtype=x.dtype), None, stride, 1)
+    skip = planes.to_planes(torch.randn_like(y), 0, lanes), [n, *y.shape[2:], 0]
+    return {
+        "csr_conv2d_planes": [
+            (held, own, *weight, None, *conv, None, "relu", *skip, lanes, 1),
+            (x, [], *weight, torch.randn(5, dtype=x.dtype), *conv, None, "silu", torch.randn_like(y), [], lanes, 0),
+            (held, own, *weight, None, *conv, None, "none", None, [], lanes, -1),
+        ],
+        "max_pool2d_planes": [(held, own, [3, 3], [2, 2], [1, 1], 1)],
+    }
 
 
 def blocks(shape, density, groups=1, block=(8, 16)):
@@ -202,6 +220,7 @@ CASES = [
     *[pytest.param(nm_calls, LINEARS[name], id=f"nm linear {name}") for name in ("plain", "no batch")],
     *[pytest.param(bsr_conv_calls, CONVS[name], id=f"bsr conv {name}") for name in CONVS],
     *[pytest.param(pool_calls, (n, 3, (7, 9)), id=f"pool {n}") for n in (0, 2)],
+    *[pytest.param(planes_calls, (n, 3, (7, 9), stride), id=f"planes {n}") for n, stride in ((0, 1), (2, 2), (8, 1))],
 ]
 
 
@@ -213,7 +232,7 @@ def test_cases_cover_the_table():
     kinds = (chain_calls, linear_calls, bsr_linear_calls, panel_calls, bitmap_calls, lanes_calls, nm_calls, dense_calls)
     linears = {name for calls in kinds for name in calls(*LINEARS["plain"])}
     convs = {name for calls in (conv_calls, bsr_conv_calls, panel_calls) for name in calls(*CONVS["plain"])}
-    assert {*linears, *convs, *pool_calls(1, 1, (4, 4)), "build_info"} == SCHEMAS.keys()
+    assert {*linears, *convs, *pool_calls(1, 1, (4, 4)), *planes_calls(1, 1, (4, 4)), "build_info"} == SCHEMAS.keys()
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -42,4 +42,18 @@ inline void check_output(const char* op, const Conv& c, const Tensor& dy) {
                   op, ": Expected dy of shape [", c.n, ", ", c.out, ", ", c.oh, ", ", c.ow, "], got ", shape_of(dy));
 }
 
+inline void check_reach(const char* op, const Conv& c, const Lists& lists) {
+  const int64_t largest = largest_index(lists), columns = c.in_per_group() * c.taps();
+  STD_TORCH_CHECK(largest < columns, op, ": Expected x of more channels: the weight uses column ", largest,
+                  " but ", c.in, " channels in ", c.groups, " groups with ", c.taps(), " taps give ", columns);
+}
+
+inline void check_input(const char* op, Conv& c, const Tensor& x, const Lists& lists) {
+  check_float(op, "x", x);
+  STD_TORCH_CHECK(x.dim() == 4, op, ": Expected x of shape [N, C, H, W], got ", shape_of(x));
+  set_channels(op, c, x.size(1), lists.rows);
+  set_input(op, c, x.size(0), x.size(2), x.size(3));
+  check_reach(op, c, lists);
+}
+
 }  // namespace sparsekit

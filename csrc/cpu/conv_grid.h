@@ -42,10 +42,16 @@ struct Sheet {
         stride_n(t.stride(0)), stride_c(t.stride(1)), stride_h(t.stride(2)),
         stride_w(w == 1 ? 1 : t.stride(3)) {}
 
+  // Elements of `bytes` that are computed with as they are; sizes and strides are still to be set.
+  static Sheet native(void* data, int bytes) { return Sheet(data, bytes); }
+
   bool channels_last() const { return c > 1 && stride_c == 1 && stride_w != 1; }
   void* at(int64_t i, int64_t j, int64_t y, int64_t x) const {
     return data + (i * stride_n + j * stride_c + y * stride_h + x * stride_w) * bytes;
   }
+
+ private:
+  Sheet(void* data, int bytes) : data(static_cast<char*>(data)), storage(kNative), bytes(bytes) {}
 };
 
 // How tensor rows and columns map to positions of phase planes:

@@ -18,14 +18,22 @@ inline Tensor new_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int
   return torch::stable::transpose(torch::stable::transpose(new_empty<int64_t>(like, {n, h, w, c}), 1, 3), 2, 3);
 }
 
-template <class T>
-void fill_grid(const Grid<T>& grid, const Sheet& from, const Batch& batch, int64_t first, int64_t groups) {
+// Copies samples from one on, of what from(sample) gives: a sheet that holds it, and as which of its samples.
+template <class T, class F>
+void fill_grid_from(const F& from, const Grid<T>& grid, const Batch& batch, int64_t first, int64_t groups) {
   const int64_t parts = parts_for(0.15 * double(groups * grid.size()));
   for_parts(parts, [&](int64_t part) {
-    const Span channels = cut(grid.channels, parts, part, from.channels_last() ? kLanes<T> : 1);
-    for (int64_t g = 0; g < groups; ++g)
-      grid.fill(from, g, first + g * grid.lanes, batch.count(first, g), channels);
+    for (int64_t g = 0; g < groups; ++g) {
+      const auto [sheet, sample] = from(first + g * grid.lanes);
+      grid.fill(sheet, g, sample, batch.count(first, g),
+                cut(grid.channels, parts, part, sheet.channels_last() ? kLanes<T> : 1));
+    }
   });
+}
+
+template <class T>
+void fill_grid(const Grid<T>& grid, const Sheet& from, const Batch& batch, int64_t first, int64_t groups) {
+  fill_grid_from([&](int64_t sample) { return std::pair{from, sample}; }, grid, batch, first, groups);
 }
 
 // How x is laid out for forward and sddmm, dy for the transpose and sddmm.
@@ -38,6 +46,7 @@ struct Layout {
   int64_t height_t, width_t;      // positions the transpose computes
 
   explicit Layout(const Conv& c) : Layout(c, Batch::of<T>(c)) {}
+  Layout(const Conv& c, int64_t lanes) : Layout(c, Batch{c.n, lanes, 1}) {}
   static Layout rows(const Conv& c) { return Layout(c, Batch::of_rows<T>(c)); }
 
   int64_t corner() const { return (first_a + top) * dy.pitch + first_b + left; }
@@ -86,6 +95,14 @@ T exact_gradient(const Conv& c, const Sheet& dy, const Sheet& x, int64_t out, in
         total += left * right;
       }
   return total;
+}
+
+// The key, if a table that one call needs is worth keeping.
+template <class T>
+const Tensor* worth(const std::optional<Tensor>& key, const Layout<T>& layout, const Strips<T>& strips) {
+  const int64_t lines = (layout.batch.samples + layout.batch.lanes - 1) / layout.batch.lanes * strips.count() *
+                        strips.strip_lines();
+  return key.has_value() && key->defined() && lines <= kKeepLines ? &*key : nullptr;
 }
 
 }  // namespace sparsekit

@@ -160,15 +160,33 @@ void add_skip(const Sheet& y, const Sheet& skip, Span channels, Span rows, Span 
 template <class T>
 struct Ending {
   Activation activation = kNone;
-  const Sheet* skip = nullptr;
+  const Sheet* skip = nullptr;        // to add, where sums go to a tensor
+  const Beside<T>* beside = nullptr;  // to add, in rows as sums are
+  const Planes<T>* planes = nullptr;  // where sums go, if not to a tensor
 
   // Stores rows [rows) of a product, of a strip's `lines` lines each.
   void store(const Target<T>& target, T* tile, int64_t stride, int64_t lines, Span rows,
              const typename Target<T>::Piece& piece) const {
-    if (skip == nullptr) activate_rows(tile, rows.end - rows.begin, stride, lines, activation);
+    if (planes != nullptr || beside != nullptr) finish(target, tile, stride, rows, piece);
+    else if (skip == nullptr) activate_rows(tile, rows.end - rows.begin, stride, lines, activation);
+    if (planes != nullptr) return;
     target.store(tile, stride, rows, piece);
     if (skip != nullptr)
       add_skip<T>(target.sheet, *skip, rows, piece.a, {piece.first, piece.first + piece.count}, activation);
+  }
+
+ private:
+  // Ends sums in planes, or where they are.
+  void finish(const Target<T>& target, T* tile, int64_t stride, Span channels,
+              const typename Target<T>::Piece& piece) const {
+    const int64_t group = piece.first / target.lanes, a = piece.a.begin, step = piece.pitch * target.lanes;
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      T* from = tile + (c - channels.begin) * stride;
+      if (planes != nullptr) planes->close(group, c, piece.a);
+      kernels<T>().finish({from, step, beside ? beside->row(group, c, a) : nullptr, beside ? beside->row_step : 0,
+                           planes ? planes->row(group, c, a) : from, planes ? planes->row_step() : step,
+                           piece.a.end - a, piece.width * target.lanes, planes ? planes->gap() : 0, activation});
+    }
   }
 };
 

@@ -1,7 +1,7 @@
 // Survivors of a convolution as offsets into padded planes, cut into tiles of input planes.
 #pragma once
 #include "code_pages.h"
-#include "conv_grid.h"
+#include "conv_planes.h"
 
 namespace sparsekit {
 

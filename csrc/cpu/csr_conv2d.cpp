@@ -7,76 +7,6 @@
 namespace sparsekit {
 namespace {
 
-// The key, if a table that one call needs is worth keeping.
-template <class T>
-const Tensor* worth(const std::optional<Tensor>& key, const Layout<T>& layout, const Strips<T>& strips) {
-  const int64_t lines = (layout.batch.samples + layout.batch.lanes - 1) / layout.batch.lanes * strips.count() *
-                        strips.strip_lines();
-  return key.has_value() && key->defined() && lines <= kKeepLines ? &*key : nullptr;
-}
-
-// Memory for x, and how its product is cut.
-template <class T>
-Strips<T> prepare(Layout<T>& layout, const Conv& c) {
-  layout.batch.limit(layout.x.size() * int64_t(sizeof(T)));
-  layout.x.allocate(Workspace::kX, layout.batch.groups);
-  return Strips<T>::for_product(layout.batch.lanes, c.oh, c.ow, layout.x.pitch);
-}
-
-// A kernel of one tap reads every sh-th row and sw-th column alone: those are its image, without a stride.
-Sheet read_by_one_tap(Conv& c, Sheet x) {
-  x.h = c.h = c.oh, x.w = c.w = c.ow;
-  x.stride_h *= c.sh, x.stride_w *= c.sw;
-  c.sh = c.sw = 1;
-  return x;
-}
-
-template <class T>
-Tensor forward(Conv c, const Tensor& x_tensor, const Tensor& values, const Lists& lists, const T* bias,
-               const std::optional<Tensor>& key, const Ending<T>& ending) {
-  Tensor out = new_image(x_tensor, c.n, c.out, c.oh, c.ow);
-  if (out.numel() == 0) return out;
-  const bool apart = c.taps() == 1 && c.phases() > 1 && c.ph == 0 && c.pw == 0;
-  const Sheet x = apart ? read_by_one_tap(c, Sheet(x_tensor)) : Sheet(x_tensor);
-  const auto run = [&](Layout<T>& layout, const auto& product) {
-    layout.batch.each_block([&](int64_t first, int64_t groups) {
-      fill_grid(layout.x, x, layout.batch, first, groups);
-      product(Target<T>{Sheet(out), {1, 1, 0, 0}, layout.batch.lanes}, layout.batch, first, groups);
-    });
-    Workspace::mine().trim();
-    return out;
-  };
-  if constexpr (std::is_same_v<T, float>) {
-    if (key.has_value() && key->defined() && c.groups == 1 && x.storage == kNative) {
-      const double cost = CodeProduct::line_cost(lists.nnz, lists.rows);
-      if (PointwiseProduct::fits(c, x, ending.skip)) {
-        const Grid<float> planes = PointwiseProduct::planes(x);
-        const int64_t all = c.n * PointwiseProduct::lines(x);
-        if (const auto code = ConvCode::find_forward(*key, c, planes, lists, planes.plane, all)) {
-          const Sheet y(out);
-          PointwiseProduct{*code, x, y, values_as<T>(values), bias, ending, cost}.run();
-          return out;
-        }
-      }
-      Layout<T> layout = Layout<T>::rows(c);
-      const Strips<T> strips = prepare(layout, c);
-      const int64_t lines = (c.n + layout.batch.lanes - 1) / layout.batch.lanes * strips.count() * strips.strip_lines();
-      if (const auto code = ConvCode::find_forward(*key, c, layout.x, lists, CodeProduct::stride(strips), lines))
-        return run(layout, [&](const Target<T>& target, const Batch& batch, int64_t first, int64_t groups) {
-          CodeProduct{*code, layout.x, strips, values_as<T>(values), bias, target, ending, cost}.run(batch, first,
-                                                                                                   groups);
-        });
-    }
-  }
-  Layout<T> layout(c);
-  const Strips<T> strips = prepare(layout, c);
-  const auto table =
-      forward_table<T>(c, layout.x, lists, values_as<T>(values), strips.widest(), worth(key, layout, strips));
-  return run(layout, [&](const Target<T>& target, const Batch& batch, int64_t first, int64_t groups) {
-    BlockProduct<T>{table, layout.x, strips, bias, target, ending}.run(batch, first, groups);
-  });
-}
-
 // dvalues (+)= the survivors [span) of the weight gradient of one block.
 template <class T>
 void sddmm_span(const Layout<T>& layout, const OffsetTable<T>& table, const Strips<T>& strips, int64_t groups,
@@ -192,20 +122,6 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Conv& c, const Tensor& dy_ten
   return {dx, dvalues, dbias};
 }
 
-void check_reach(const char* op, const Conv& c, const Lists& lists) {
-  const int64_t largest = largest_index(lists), columns = c.in_per_group() * c.taps();
-  STD_TORCH_CHECK(largest < columns, op, ": Expected x of more channels: the weight uses column ", largest,
-                  " but ", c.in, " channels in ", c.groups, " groups with ", c.taps(), " taps give ", columns);
-}
-
-void check_input(const char* op, Conv& c, const Tensor& x, const Lists& lists) {
-  check_float(op, "x", x);
-  STD_TORCH_CHECK(x.dim() == 4, op, ": Expected x of shape [N, C, H, W], got ", shape_of(x));
-  set_channels(op, c, x.size(1), lists.rows);
-  set_input(op, c, x.size(0), x.size(2), x.size(3));
-  check_reach(op, c, lists);
-}
-
 const int32_t* check_transpose(const char* op, const Conv& c, const Lists& t_lists, const Tensor& t_perm,
                                const Tensor& values) {
   STD_TORCH_CHECK(t_lists.rows == c.in_per_group() * c.taps(), op, ": Expected t_crow of shape [",
@@ -219,33 +135,6 @@ const int32_t* check_transpose(const char* op, const Conv& c, const Lists& t_lis
 }
 
 }  // namespace
-
-Tensor csr_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias, Ints kernel_size,
-                  Ints stride, Ints padding, Ints dilation, int64_t groups, std::optional<Tensor> code_key,
-                  std::string activation, std::optional<Tensor> skip) {
-  constexpr const char* op = "csr_conv2d";
-  Conv c = geometry(op, kernel_size, stride, padding, dilation, groups);
-  const Lists lists = check_lists(op, "crow_indices", crow, "col_indices", col);
-  check_input(op, c, x, lists);
-  check_same_dtype(op, "values", values, "x", x);
-  check_vector(op, "values", values, lists.nnz);
-  const Activation kind = activation_of(op, activation);
-  std::optional<Sheet> added;
-  if (skip.has_value() && skip->defined()) {
-    check_same_dtype(op, "skip", *skip, "x", x);
-    STD_TORCH_CHECK(skip->dim() == 4 && skip->size(0) == c.n && skip->size(1) == c.out && skip->size(2) == c.oh &&
-                        skip->size(3) == c.ow,
-                    op, ": Expected skip of shape [", c.n, ", ", c.out, ", ", c.oh, ", ", c.ow, "], got ",
-                    shape_of(*skip));
-    added.emplace(*skip);
-  }
-  return with_compute_type(x, [&](auto zero) {
-    using T = decltype(zero);
-    std::vector<T> copy;
-    return forward<T>(c, x, values, lists, bias_as<T>(op, bias, x, lists.rows, copy), code_key,
-                      Ending<T>{kind, added ? &*added : nullptr});
-  });
-}
 
 Tensor csr_conv2d_t(Tensor dy, Tensor values, Tensor t_crow, Tensor t_row, Tensor t_perm, Ints input_size,
                     Ints kernel_size, Ints stride, Ints padding, Ints dilation, int64_t groups) {

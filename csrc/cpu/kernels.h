@@ -169,6 +169,20 @@ struct LanesProduct {
 
 enum Activation { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
 
+// `rows` rows of `count` elements: to = activation(from + add), and `gap` zeros after each row of `to`.
+// `to` may be `from`, with the same step and no gap.
+template <class T>
+struct Finish {
+  const T* from;
+  int64_t from_step;
+  const T* add;  // or null
+  int64_t add_step;
+  T* to;
+  int64_t to_step;
+  int64_t rows, count, gap;
+  Activation activation;
+};
+
 template <class T>
 struct Kernels {
   int max_lines;    // widest product/sddmm, in lines
@@ -192,7 +206,9 @@ struct Kernels {
   // to[r * count + i] = the pair of from[r * step + i] and from[r * step + second + i]
   void (*interleave)(const uint16_t* from, int64_t second, int64_t step, void* to, int64_t rows, int64_t count);
   void (*activate)(T*, int64_t count, Activation);
+  void (*finish)(const Finish<T>&);
   void (*pool)(const Pool<T>&);
+  void (*pool_lines)(const Pool<T>&);  // the same of kLanes images side by side: every element is a line; no scratch
   // to[r][j] = the largest of from[2 r .. 2 r + 1][2 j .. 2 j + 1] of rows of 2 * half elements; NaN wins
   void (*pool_pairs)(const T* from, T* to, int64_t rows, int64_t half);
 

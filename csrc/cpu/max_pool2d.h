@@ -5,5 +5,6 @@
 namespace sparsekit {
 
 Tensor max_pool2d(Tensor x, Ints kernel_size, Ints stride, Ints padding);
+Tensor max_pool2d_planes(Tensor x, Ints x_size, Ints kernel_size, Ints stride, Ints padding, int64_t border);
 
 }  // namespace sparsekit

@@ -5,6 +5,7 @@
 #include "bsr_sddmm.h"
 #include "bsr_vector.h"
 #include "dense_product.h"
+#include "finish.h"
 #include "lanes_product.h"
 #include "pool_row.h"
 #include "simd.h"
@@ -461,7 +462,9 @@ constexpr Kernels<T> table() {
           Simd<T>::width,
           interleave,
           activate<T>,
+          finish<T>,
           pool<T>,
+          pool_lines<T>,
           pool_pairs<T>,
           {pack<T, A>, pack<T, B>, pack<T, C>, pack<T, D>},
           {unpack<T, A>, unpack<T, B>, unpack<T, C>},

@@ -115,5 +115,22 @@ void pool(const Pool<T>& p) {
   }
 }
 
+template <class T>
+void pool_lines(const Pool<T>& p) {
+  using S = Simd<T>;
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t j = 0; j < p.count; ++j) {
+    const int64_t first = j * p.step - p.pad, begin = first < 0 ? 0 : first;
+    const int64_t end = first + p.window < p.width ? first + p.window : p.width;
+    SK_UNROLL for (int v = 0; v < S::per_line; ++v) {
+      typename S::V most = S::splat(-__builtin_inf());
+      for (int64_t r = 0; r < p.rows; ++r)
+        for (int64_t s = begin; s < end; ++s)
+          most = larger(S::load(p.from + r * p.row_stride + s * L + v * S::width), most);
+      S::store(p.to + j * L + v * S::width, most);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace sparsekit
