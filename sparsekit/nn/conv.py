@@ -10,6 +10,7 @@ from ..format import Conv
 from ..functional import check_conv2d, sparse_conv2d
 from ..mask import weight_of
 from .base import SparseModule
+from .planes import Planes, convolve
 
 __all__ = ["SparseConv1d", "SparseConv2d"]
 
@@ -138,6 +139,8 @@ class SparseConv2d(_SparseConv):
     """
 
     dense_class = nn.Conv2d
+    border: int | None = None
+    """Of the planes that the layer gives, or None for images; :func:`sparsekit.fuse` sets it."""
 
     def forward(self, input: Tensor, skip: Tensor | None = None, activation: str = "none") -> Tensor:
         """``x [N, C, H, W]`` or ``[C, H, W]`` to ``[N, out, OH, OW]`` or ``[out, OH, OW]``.
@@ -146,6 +149,10 @@ class SparseConv2d(_SparseConv):
         """
         if isinstance(input, Proxy):
             return self._traced(input, *(() if skip is None and activation == "none" else (skip, activation)))
+        if self.border is not None or type(input) is Planes or type(skip) is Planes:
+            y = convolve(self, input, skip, activation)
+            if y is not NotImplemented:
+                return y
         return self._convolve(self._padded(input), skip, activation)
 
 

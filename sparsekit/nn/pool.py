@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from ..functional import transformed
 from .operations import hooked
+from .planes import Planes, pool
 
 __all__ = ["Pooled"]
 
@@ -18,10 +19,13 @@ class Pooled(nn.Module):
     and a compiler get torch's. ``to_dense`` puts the original back.
     """
 
-    def __init__(self, pool: nn.MaxPool2d) -> None:
+    border: int | None = None
+    """Of the planes that it gives for planes, or None for images; :func:`sparsekit.fuse` sets it."""
+
+    def __init__(self, original: nn.MaxPool2d) -> None:
         super().__init__()
-        self.original = pool
-        window = pool.kernel_size, pool.stride, pool.padding
+        self.original = original
+        window = original.kernel_size, original.stride, original.padding
         self._window = [[n, n] if isinstance(n, int) else list(n) for n in window]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -29,6 +33,8 @@ class Pooled(nn.Module):
         x = input
         if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or transformed():
             return self.original(x)
+        if type(x) is Planes and self.border is not None and (y := pool(x, self._window, self.border)) is not None:
+            return y
         ours = x.dim() == 4 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         if not ours or not x.is_contiguous() or (x.requires_grad and torch.is_grad_enabled()):
             return self.original(x)
