@@ -55,4 +55,8 @@ def _try_load() -> tuple[ModuleType | None, str]:
         return None, f"{path.name} does not load ({error}); {_HOW}"
     if module.schemas != _native.schema_digest():
         return None, f"{path.name} is from another version of the source; {_HOW}"
+    try:
+        module.connect(_native.status()["path"])
+    except RuntimeError as error:
+        return None, f"{path.name} does not fit the native library ({error}); {_HOW}"
     return module, ""

@@ -19,6 +19,7 @@ from .kernels.reference import zero_pruned_
 __all__ = ["Conv2dFunction", "Guard", "LinearFunction", "guard", "in_cxx", "masked"]
 
 _cxx = _nodes.load()
+_transforming, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state  # asked in every call
 
 
 def in_cxx(x, values, bias, index, shape, fmt: Format, conv, activation: str, scale=None) -> Tensor:
@@ -30,6 +31,13 @@ def in_cxx(x, values, bias, index, shape, fmt: Format, conv, activation: str, sc
     if conv is not None or not fmt.fast:
         return NotImplemented
     return _cxx.lanes(x, values, bias, index, shape, activation, scale)
+
+
+def in_cxx_chain(x: Tensor, layers) -> Tensor:
+    """What csr layers that follow each other give, no gradient being due; NotImplemented: it must go on in Python."""
+    if _cxx is None or torch.compiler.is_compiling() or _transforming() or _tracing() is not None:
+        return NotImplemented
+    return _cxx.chain(x, layers[0].in_features, [(m._parameters, m._buffers, m.activation) for m in layers])
 
 
 class LinearFunction(torch.autograd.Function):
@@ -127,7 +135,6 @@ class _Masked(torch.autograd.Function):
 
 
 _NOBODY_ELSE = 2  # references to a gradient in backward(): autograd's and the Python object
-_transforming = torch._C._are_functorch_transforms_active
 
 
 def _mask_gradient(grad: Tensor, mask: Tensor) -> Tensor:

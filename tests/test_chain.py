@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from checks import check, poison, randn
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import sparsekit as sk
-from sparsekit import _native
+from sparsekit import _native, _nodes
+from sparsekit.autograd import in_cxx_chain
 from sparsekit.kernels.csr import layout
 from sparsekit.nn import chain
 from sparsekit.nn.chain import Done
@@ -238,3 +240,39 @@ def test_hooks_and_exports_keep_the_layers(faster):
         program = torch.export.export(sk.fuse(net()[0]), (x,))
     assert not any("csr_chain" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(x), net()[0](x))
+
+
+@pytest.mark.skipif(_nodes.load() is None, reason="the autograd nodes are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_the_dispatcher_a_chain_has_the_operators_bits(faster, dtype, monkeypatch):
+    sparse, _ = net()
+    fused = sk.fuse(sparse).to(dtype)
+    head = fused[1]
+    head.chain[1].bias = None
+    inputs = [randn(n, 64, dtype=dtype, seed=n) for n in (0, 1, 17, 60)]
+    with torch.no_grad():
+        found = [in_cxx_chain(x, head.chain) for x in inputs]
+        assert all(torch.equal(fused(x), y) and not y.requires_grad for x, y in zip(inputs, found, strict=True))
+        monkeypatch.setattr(chain, "in_cxx_chain", lambda *_: NotImplemented)
+        assert all(torch.equal(fused(x), y) for x, y in zip(inputs, found, strict=True))
+
+
+@pytest.mark.skipif(_nodes.load() is None, reason="the autograd nodes are not built")
+def test_what_the_dispatcher_must_see_goes_through_it(faster):
+    sparse, _ = net()
+    fused, x = sk.fuse(sparse), randn(5, 64)
+    layers = fused[1].chain
+    with torch.no_grad():
+        for other in (x[:, :63], x[None], x.bfloat16(), x.to("meta"), nn.Parameter(x), x.double()):
+            accepted = isinstance(in_cxx_chain(other, layers), torch.Tensor)
+            assert accepted == isinstance(other, nn.Parameter)
+        with pytest.raises(ValueError, match=r"1: Expected an input of shape \[\.\.\., 64\]"):
+            fused(x[:, :63])
+        with FlopCounterMode(display=False):
+            assert in_cxx_chain(x, layers) is NotImplemented
+        with torch.profiler.profile() as seen:
+            fused(x)
+        assert "sparsekit::csr_chain" in {event.name for event in seen.events()}
+        layers[0].set_format("bsr")
+        assert in_cxx_chain(x, layers) is NotImplemented
+    assert in_cxx_chain(x, layers) is NotImplemented

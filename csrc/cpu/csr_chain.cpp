@@ -157,3 +157,32 @@ Tensor csr_chain(Tensor x_tensor, std::vector<Tensor> values, std::vector<Tensor
 }
 
 }  // namespace sparsekit
+
+extern "C" AtenTensorHandle sparsekit_csr_chain(AtenTensorHandle x, int64_t count, const AtenTensorHandle* layers,
+                                                const char* const* activations) {
+  using torch::stable::Tensor;
+  const auto share = [](AtenTensorHandle of) {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(of, &handle));
+    return Tensor(handle);
+  };
+  const auto maybe = [&](AtenTensorHandle of) { return of ? std::optional<Tensor>(share(of)) : std::nullopt; };
+  try {
+    std::vector<Tensor> values, crow, col;
+    std::vector<std::optional<Tensor>> biases, keys;
+    for (const AtenTensorHandle* layer = layers; layer < layers + 5 * count; layer += 5) {
+      values.push_back(share(layer[0]));
+      crow.push_back(share(layer[1]));
+      col.push_back(share(layer[2]));
+      biases.push_back(maybe(layer[3]));
+      keys.push_back(maybe(layer[4]));
+    }
+    const Tensor y = sparsekit::csr_chain(share(x), std::move(values), std::move(crow), std::move(col),
+                                          std::move(biases), std::move(keys), {activations, activations + count});
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(y.get(), &handle));
+    return handle;
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}

@@ -11,3 +11,9 @@ Tensor csr_chain(Tensor x, std::vector<Tensor> values, std::vector<Tensor> crow,
                  std::vector<std::string> activations);
 
 }  // namespace sparsekit
+
+// The same without torch's dispatcher, which takes longer over lists of tensors than a small chain does: layers holds
+// five borrowed handles each (values, crow, col, bias or null, key or null). Gives a new handle, null on any error:
+// the operator has the words for it.
+extern "C" __attribute__((visibility("default"))) AtenTensorHandle sparsekit_csr_chain(
+    AtenTensorHandle x, int64_t count, const AtenTensorHandle* layers, const char* const* activations);

@@ -10,10 +10,12 @@
 #include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/silu.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <dlfcn.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "sparsekit_schemas.h"
@@ -232,6 +234,71 @@ PyObject* csr(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// The native library's csr_chain, which connect finds; csrc/cpu/csr_chain.h says what it takes.
+using Chain = AtenTensorHandle (*)(AtenTensorHandle, int64_t, const AtenTensorHandle*, const char* const*);
+Chain native_chain = nullptr;
+
+// (path): that of the native library, which is loaded.
+PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(1, count);
+  const char* path = PyUnicode_AsUTF8(args[0]);
+  if (!path) return nullptr;
+  void* library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+  TORCH_CHECK(library, "Expected a library that is loaded, got ", path);
+  native_chain = reinterpret_cast<Chain>(dlsym(library, "sparsekit_csr_chain"));
+  TORCH_CHECK(native_chain, "Expected a library with sparsekit_csr_chain, got ", path);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// (x, its features, [(parameters, buffers, activation), …]): csr_chain of layers' tensors, where no gradient is due.
+PyObject* chain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(3, count);
+  if (!native_chain || !is_plain(args[0]) || at::GradMode::is_enabled() || is_watched()) return not_implemented();
+  const Tensor& x = THPVariable_Unpack(args[0]);
+  if (x.dim() != 2 || x.size(1) != PyLong_AsLongLong(args[1]) || !PyList_Check(args[2])) return not_implemented();
+  const auto handle = [](const Tensor* t) { return reinterpret_cast<AtenTensorHandle>(const_cast<Tensor*>(t)); };
+  const Py_ssize_t layers = PyList_GET_SIZE(args[2]);
+  std::vector<Tensor> held;  // another thread may give a layer other tensors while this one computes
+  std::vector<AtenTensorHandle> tensors;
+  std::vector<const char*> activations;
+  held.reserve(5 * layers);
+  tensors.reserve(5 * layers);
+  activations.reserve(layers);
+  static PyObject* const names[] = {
+      PyUnicode_InternFromString("values"), PyUnicode_InternFromString("crow_indices"),
+      PyUnicode_InternFromString("col_indices"), PyUnicode_InternFromString("bias"),
+      PyUnicode_InternFromString("code_key")};
+  constexpr int kBias = 3;  // this one may be None
+  for (Py_ssize_t i = 0; i < layers; ++i) {
+    PyObject* layer = PyList_GET_ITEM(args[2], i);
+    if (!is_tuple(layer, 3)) return not_implemented();
+    for (int k = 0; k < 5; ++k) {
+      PyObject* dict = PyTuple_GET_ITEM(layer, k % kBias != 0);  // parameters, or buffers
+      PyObject* item = PyDict_Check(dict) ? PyDict_GetItem(dict, names[k]) : nullptr;
+      const bool none = k == kBias && item && Py_IsNone(item);
+      if (!none && !(item && is_plain(item))) return not_implemented();
+      if (!none) held.push_back(THPVariable_Unpack(item));
+      tensors.push_back(none ? nullptr : handle(&held.back()));
+    }
+    activations.push_back(PyUnicode_AsUTF8(PyTuple_GET_ITEM(layer, 2)));
+    if (!activations.back()) return nullptr;
+  }
+  AtenTensorHandle found;
+  {
+    pybind11::gil_scoped_release no_gil;
+    at::AutoDispatchBelowAutograd below;
+    RECORD_FUNCTION("sparsekit::csr_chain", c10::ArrayRef<const c10::IValue>());
+    found = native_chain(handle(&x), layers, tensors.data(), activations.data());
+  }
+  if (!found) return not_implemented();
+  const std::unique_ptr<Tensor> y(reinterpret_cast<Tensor*>(found));
+  return THPVariable_Wrap(*y);
+  END_HANDLE_TH_ERRORS
+}
+
 // (x, values, bias, index, shape, activation, scale or None): a product in lanes where no gradient is due.
 PyObject* lanes(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -375,7 +442,8 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method<csr>("csr"), method<lanes>("lanes"), method<guard>("guard"), {}};
+PyMethodDef methods[] = {method<csr>("csr"),     method<chain>("chain"), method<connect>("connect"),
+                         method<lanes>("lanes"), method<guard>("guard"), {}};
 PyModuleDef module{PyModuleDef_HEAD_INIT, "sparsekit._autograd", nullptr, -1, methods, {}, {}, {}, {}};
 
 }  // namespace

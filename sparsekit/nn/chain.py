@@ -14,6 +14,7 @@ from torch.fx import Proxy
 
 from .. import _native
 from .. import format as formats
+from ..autograd import in_cxx_chain
 from ..functional import transformed
 from ..plan import NOISE, measure
 from .linear import SparseLinear
@@ -38,13 +39,16 @@ class _Head(SparseLinear):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return self._traced(input)
-        if (self.exact and not torch.is_grad_enabled()) or not self._together(input):
+        grad = torch.is_grad_enabled()
+        if not (grad or self.exact) and (y := in_cxx_chain(input, self.chain)) is not NotImplemented:
+            return y
+        if (self.exact and not grad) or not self._together(input):
             for layer in self.chain:
                 input = SparseLinear.forward(layer, input)
             return input
         own, index = [m._parameters for m in self.chain], [m._buffers for m in self.chain]
         values, biases = [parameters["values"] for parameters in own], [parameters["bias"] for parameters in own]
-        if torch.is_grad_enabled():
+        if grad:
             return _Chain.apply(input, self.chain, *values, *biases)
         return _csr_chain(
             input,
