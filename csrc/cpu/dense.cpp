@@ -26,15 +26,20 @@ void clear(T* grad, const uint8_t* mask, const Axis* axis, const Axis* end) {
 }
 
 template <class T>
+void clear_flat(T* grad, const uint8_t* mask, int64_t count) {
+  const int64_t parts = parts_for(kNanosecondsEach * double(count));
+  for_parts(parts, [&](int64_t part) {
+    const Span span = cut(count, parts, part, 64);
+    clear(grad + span.begin, mask + span.begin, span.end - span.begin);
+  });
+}
+
+template <class T>
 void clear(const Tensor& grad, const Tensor& mask, const std::vector<Axis>& axes, bool flat) {
   T* to = static_cast<T*>(grad.mutable_data_ptr());
   const uint8_t* from = static_cast<const uint8_t*>(mask.const_data_ptr());
-  if (!flat) return clear(to, from, axes.data(), axes.data() + axes.size());
-  const int64_t parts = parts_for(kNanosecondsEach * double(grad.numel()));
-  for_parts(parts, [&](int64_t part) {
-    const Span span = cut(grad.numel(), parts, part, 64);
-    clear(to + span.begin, from + span.begin, span.end - span.begin);
-  });
+  if (flat) clear_flat(to, from, grad.numel());
+  else clear(to, from, axes.data(), axes.data() + axes.size());
 }
 
 void check_mask(const char* op, const Tensor& mask) {
@@ -121,3 +126,10 @@ void zero_pruned_(Tensor grad, Tensor mask) {
 }
 
 }  // namespace sparsekit
+
+extern "C" void sparsekit_clear_pruned(void* grad, const uint8_t* mask, int64_t count, int64_t bytes) {
+  using namespace sparsekit;
+  if (bytes == 2) clear_flat(static_cast<uint16_t*>(grad), mask, count);
+  if (bytes == 4) clear_flat(static_cast<float*>(grad), mask, count);
+  if (bytes == 8) clear_flat(static_cast<double*>(grad), mask, count);
+}

@@ -36,6 +36,12 @@ auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// Functions of the native library that connect finds; csrc/cpu/csr_chain.h and dense.h say what they take.
+struct Native {
+  AtenTensorHandle (*chain)(AtenTensorHandle, int64_t, const AtenTensorHandle*, const char* const*);
+  void (*clear_pruned)(void*, const uint8_t*, int64_t, int64_t);
+} native{};
+
 // What a layer is besides its parameters: csr's index tensors, and the numbers of a convolution (none: linear).
 struct Layer {
   enum { kCrow, kCol, kKey, kTCrow, kTRow, kTPerm, kTensors };
@@ -234,29 +240,11 @@ PyObject* csr(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// The native library's csr_chain, which connect finds; csrc/cpu/csr_chain.h says what it takes.
-using Chain = AtenTensorHandle (*)(AtenTensorHandle, int64_t, const AtenTensorHandle*, const char* const*);
-Chain native_chain = nullptr;
-
-// (path): that of the native library, which is loaded.
-PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  expect(1, count);
-  const char* path = PyUnicode_AsUTF8(args[0]);
-  if (!path) return nullptr;
-  void* library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
-  TORCH_CHECK(library, "Expected a library that is loaded, got ", path);
-  native_chain = reinterpret_cast<Chain>(dlsym(library, "sparsekit_csr_chain"));
-  TORCH_CHECK(native_chain, "Expected a library with sparsekit_csr_chain, got ", path);
-  Py_RETURN_NONE;
-  END_HANDLE_TH_ERRORS
-}
-
 // (x, its features, [(parameters, buffers, activation), …]): csr_chain of layers' tensors, where no gradient is due.
 PyObject* chain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(3, count);
-  if (!native_chain || !is_plain(args[0]) || at::GradMode::is_enabled() || is_watched()) return not_implemented();
+  if (!native.chain || !is_plain(args[0]) || at::GradMode::is_enabled() || is_watched()) return not_implemented();
   const Tensor& x = THPVariable_Unpack(args[0]);
   if (x.dim() != 2 || x.size(1) != PyLong_AsLongLong(args[1]) || !PyList_Check(args[2])) return not_implemented();
   const auto handle = [](const Tensor* t) { return reinterpret_cast<AtenTensorHandle>(const_cast<Tensor*>(t)); };
@@ -291,7 +279,7 @@ PyObject* chain(PyObject*, PyObject* const* args, Py_ssize_t count) {
     pybind11::gil_scoped_release no_gil;
     at::AutoDispatchBelowAutograd below;
     RECORD_FUNCTION("sparsekit::csr_chain", c10::ArrayRef<const c10::IValue>());
-    found = native_chain(handle(&x), layers, tensors.data(), activations.data());
+    found = native.chain(handle(&x), layers, tensors.data(), activations.data());
   }
   if (!found) return not_implemented();
   const std::unique_ptr<Tensor> y(reinterpret_cast<Tensor*>(found));
@@ -383,32 +371,15 @@ class Guard : public torch::autograd::FunctionPreHook {
     if (!grad.defined()) return grad;
     if (at::GradMode::is_enabled() || is_watched() || !is_plain(grad)) return chosen(grad, mask_);
     Tensor found = is_own(grad) ? grad : grad.clone();
-    if (found.numel() <= kSmall && found.sizes().equals(mask_.sizes()) && found.strides().equals(mask_.strides()) &&
-        found.is_non_overlapping_and_dense()) {
-      clear(found.mutable_data_ptr(), static_cast<const uint8_t*>(mask_.const_data_ptr()), found.numel(),
-            found.element_size());
+    if (native.clear_pruned && found.element_size() > 1 && found.sizes().equals(mask_.sizes()) &&
+        found.strides().equals(mask_.strides()) && found.is_non_overlapping_and_dense()) {
+      native.clear_pruned(found.mutable_data_ptr(), static_cast<const uint8_t*>(mask_.const_data_ptr()), found.numel(),
+                          int64_t(found.element_size()));
     } else {
       static const auto zero_pruned_ = find<void(Tensor&, const Tensor&)>("sparsekit::zero_pruned_");
       zero_pruned_.call(found, mask_);
     }
     return found;
-  }
-
-  // Gradients of so many weights take less time than the call of an operator.
-  static constexpr int64_t kSmall = 1 << 14;
-
-  static void clear(void* grad, const uint8_t* mask, int64_t count, size_t bytes) {
-    if (bytes == 1) return clear(static_cast<uint8_t*>(grad), mask, count);
-    if (bytes == 2) return clear(static_cast<uint16_t*>(grad), mask, count);
-    if (bytes == 4) return clear(static_cast<uint32_t*>(grad), mask, count);
-    clear(static_cast<uint64_t*>(grad), mask, count);
-  }
-
-  // By bits: neither a multiplication, which keeps NaN, nor a branch, which nothing predicts.
-  template <class Bits>
-  __attribute__((optimize("O3"))) static void clear(Bits* __restrict grad, const uint8_t* __restrict mask,
-                                                    int64_t count) {
-    for (int64_t i = 0; i < count; ++i) grad[i] &= Bits(-Bits(mask[i]));
   }
 
   const Tensor mask_;
@@ -433,6 +404,24 @@ PyObject* guard(PyObject*, PyObject* const* args, Py_ssize_t count) {
     auto made = std::make_unique<Guard>(mask, std::exchange(hooks, {}), dict);
     hooks.push_back(std::move(made));
   }
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// (path): take the functions of the native library, which is loaded.
+PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(1, count);
+  const char* path = PyUnicode_AsUTF8(args[0]);
+  if (!path) return nullptr;
+  void* library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+  TORCH_CHECK(library, "Expected a library that is loaded, got ", path);
+  const auto take = [&](auto& function, const char* name) {
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+    TORCH_CHECK(function, "Expected ", name, " in ", path);
+  };
+  take(native.chain, "sparsekit_csr_chain");
+  take(native.clear_pruned, "sparsekit_clear_pruned");
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
