@@ -33,13 +33,16 @@ def control_names(summary: Summary) -> list[str]:
     return list(dict.fromkeys(name for row in summary["rounds"] for name in row.get("controls") or {}))
 
 
-def rate(rate: Any) -> str:
-    if not isinstance(rate, dict):
-        return f"{short(rate)} %" if finite(rate) else str(rate)
-    parts = [f"`{pattern}` {short(value)} %" for pattern, value in rate.items() if pattern != "*"]
-    if "*" not in rate:
+def rate(given: Any) -> str:
+    if isinstance(given, list):  # one a round
+        each = list(map(rate, given))
+        return each[0] if len(set(each)) == 1 else f"[{', '.join(each)}]"
+    if not isinstance(given, dict):
+        return f"{short(given)} %" if finite(given) else str(given)
+    parts = [f"`{pattern}` {short(value)} %" for pattern, value in given.items() if pattern != "*"]
+    if "*" not in given:
         return ", ".join(parts)
-    return f"{short(rate['*'])} %" + (f" ({', '.join(parts)})" if parts else "")
+    return f"{short(given['*'])} %" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def formats(row: dict) -> str:

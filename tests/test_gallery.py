@@ -56,6 +56,15 @@ def test_stability_and_recipes_are_drawn(runs, tmp_path, capsys):
     assert not (tmp_path / "never").exists()
 
 
+def test_names_of_unlike_runs_fit_the_figures(runs, tmp_path):
+    """matplotlib warns, an error in tests, of figures that have no room left for their axes."""
+    how = ["--model", "mlp:64-20-10", "--data", "digits", "--rounds", "3", "--iterations", "5", "--threads", "1"]
+    more = ["--density", "0.1", "--schedule", "cubic", "--scope", "global", "--rewind", "2it", "--criterion"]
+    assert main(["ticket", *how, *more, "layer_softmax,small_init", "--out", str(tmp_path / "runs")]) == 0
+    text = write_gallery([runs, tmp_path / "runs"], tmp_path / "page").read_text()
+    assert re.search(r"scope global.*rewind 2it.*rate \[[\d.]+ %, [\d.]+ %, [\d.]+ %\]", text)
+
+
 def test_runs_are_found_below_a_folder(runs):
     assert [run.name for run in find_runs([runs])] == ["seed_0", "seed_1", "two"]
     assert find_runs([runs / "two", runs / "two"]) == [runs / "two"]

@@ -105,7 +105,7 @@ def _groups(summaries: dict[Path, Summary]) -> Groups:
         configs = [next(iter(other.values()))["config"] for other in groups.values()]
         configs = [other for other in configs if words.name(other) == words.name(config)]
         different = [
-            f"{key} {words.cell(words.rate(config[key]) if key == 'rate' else config.get(key))}"
+            f"{key} {words.cell(words.rate(config[key]).replace('`', '') if key == 'rate' else config.get(key))}"
             for key in ("criterion", "scope", "rewind", "pattern", "rate", "rounds", "iterations", "optimizer", "start")
             if config.get(key) is not None and any(other.get(key) != config.get(key) for other in configs)
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def bands(figure: Any, groups: Groups, key: str) -> bool:
     for name, group in groups.items():
         config = next(iter(group.values()))["config"]
         apart.setdefault((config.get("model"), config.get("data")), {})[name] = group
-    heights = [3.6 + 0.2 * sum(len(_kinds(group)) for group in own.values()) for own in apart.values()]
+    legends = [[_label(kind, name) for name in own for kind in _kinds(own[name])] for own in apart.values()]
+    heights = [3.6 + 0.2 * sum(map(_lines, labels)) for labels in legends]
     figure.set_size_inches(8, 0.4 + sum(heights))
     grid = figure.add_gridspec(len(apart), 1, height_ratios=heights)
     drawn = [_bands(figure.add_subplot(grid[n]), own, key) for n, own in enumerate(apart.values())]
@@ -54,6 +56,19 @@ def bands(figure: Any, groups: Groups, key: str) -> bool:
 def _kinds(group: dict[Path, Summary]) -> list[str]:
     """What was trained in every round: tickets (``""``), then controls."""
     return ["", *dict.fromkeys(c for summary in group.values() for c in words.control_names(summary))]
+
+
+def _label(kind: str, name: str) -> str:
+    return _folded(f"{words.control(kind) if kind else 'ticket'} ({name})")
+
+
+def _folded(name: str) -> str:
+    """A name in lines that a figure is wide enough for."""
+    return textwrap.fill(name, 84)
+
+
+def _lines(text: str) -> int:
+    return 1 + text.count("\n")
 
 
 def _bands(axes: Any, groups: Groups, key: str) -> bool:
@@ -73,8 +88,7 @@ def _bands(axes: Any, groups: Groups, key: str) -> bool:
             x, low, mean, high = zip(*points, strict=True)
             marker, dashes = series_style(which)[1:]
             color = series_style(number if len(groups) > 1 else which)[0]
-            label = f"{words.control(kind) if kind else 'ticket'} ({name})"
-            axes.plot(x, mean, color=color, marker=marker, linestyle=dashes, label=label)
+            axes.plot(x, mean, color=color, marker=marker, linestyle=dashes, label=_label(kind, name))
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             shown += x
     if not shown:
@@ -96,14 +110,16 @@ def seconds(figure: Any, groups: Groups) -> bool:
     totals = [(name, sum(ours), sum(dense)) for name, ours, dense in totals if all(map(words.finite, (*ours, *dense)))]
     if not totals:
         return False
-    figure.set_size_inches(8, max(2.8, 1.6 + 0.8 * len(totals)))
-    axes, at = figure.add_subplot(), range(len(totals))
-    axes.barh([i - 0.2 for i in at], [dense for _, _, dense in totals], 0.38, color="#C9CDD2", label="masked dense")
-    axes.barh([i + 0.2 for i in at], [ours for _, ours, _ in totals], 0.38, color="#0072B2", label="sparsekit")
+    totals = [(_folded(name), ours, dense) for name, ours, dense in totals]
+    one = 0.65 + 0.2 * max(_lines(name) for name, _, _ in totals)  # inches: a name and two bars
+    figure.set_size_inches(8, max(2.8, 1.6 + one * len(totals)))
+    axes, at, bar = figure.add_subplot(), range(len(totals)), 0.28 / one
+    axes.barh([i + bar / 2 for i in at], [dense for _, _, dense in totals], bar, color="#C9CDD2", label="masked dense")
+    axes.barh([i + 1.5 * bar for i in at], [ours for _, ours, _ in totals], bar, color="#0072B2", label="sparsekit")
     for i, (name, _, _) in enumerate(totals):
-        axes.text(0, i - 0.42, f" {name}", va="bottom", fontsize=10)
+        axes.text(0, i - 0.02, name, va="bottom", fontsize=10)
     axes.set_yticks([])
-    axes.set_ylim(len(totals) - 0.4, -1.0)
+    axes.set_ylim(len(totals) - 1 + 2.4 * bar, -1 + 2 * bar)
     axes.set_xlabel("seconds of training, all replicates")
     axes.legend(loc="best")
     return True
@@ -123,7 +139,7 @@ def layers(figure: Any, groups: Groups) -> bool:
     for number, (name, found) in enumerate(densities.items()):
         color, marker, dashes = series_style(number)
         points = [(every.index(layer), 100 * value) for layer, value in found.items() if words.finite(value)]
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=dashes, label=name)
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=dashes, label=_folded(name))
     axes.set_xticks(range(len(every)), every, rotation=60, fontsize=8)
     axes.set_ylabel("weights remaining (%)")
     _legend_below(figure, list(densities))
@@ -134,7 +150,7 @@ def _legend_below(figure: Any, names: list[str]) -> None:
     """A legend that the figure grows by, in two columns where the names are short."""
     columns = 2 if max(map(len, names)) < 40 else 1
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.2 * -(-len(names) // columns))
+    figure.set_size_inches(width, height + 0.2 * -(-sum(_lines(_folded(name)) for name in names) // columns))
     figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
 
 
