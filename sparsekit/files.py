@@ -72,7 +72,8 @@ def read_tensors(path: Path, plain: bool = False) -> tuple[dict[str, Tensor], di
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: Expected a sparsekit file, got no such file")
+        got = "a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: Expected a sparsekit file, got {got}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

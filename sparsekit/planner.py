@@ -162,6 +162,8 @@ def _of_program(path: Path) -> nn.Module:
             raise ValueError(f"{path}: Expected a file of torch.export.save, got another ({error})") from None
     for name in ("train", "eval"):
         graph.__dict__.pop(name, None)  # torch forbids both on a program's module; its layers here have no modes
+    if any(str(node.target).startswith("sparsekit.") for node in graph.graph.nodes):
+        raise ValueError(f"{path}: Expected a model of dense layers, got one that was planned before it was exported")
     found = _layers(graph)
     if not found:
         raise ValueError(

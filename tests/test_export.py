@@ -226,6 +226,8 @@ def test_info_reads_plain_files_and_refuses_others(tmp_path, capsys):
     (tmp_path / "x").write_text("{}")
     assert main(["info", str(tmp_path / "x")]) == 2
     assert "x: Expected a whole safetensors file" in capsys.readouterr().err
+    assert main(["info", str(tmp_path)]) == 2
+    assert f"{tmp_path}: Expected a sparsekit file, got a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

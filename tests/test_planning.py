@@ -297,6 +297,10 @@ def test_plan_of_an_exported_program(tmp_path, capsys):
     assert torch.allclose(twin(x), model(x), atol=1e-6) and {*sk.prunable(twin)} == {"0.weight", "3.weight"}
     assert main(["plan", str(file), "--input", "4x3x8x8"]) == 0
     assert "whole model, forward" in capsys.readouterr().out
+    planned = sk.convert(model, sk.prune(model, 0.9), impl="csr")
+    torch.export.save(torch.export.export(planned, (x,)), file)
+    assert main(["plan", str(file), "--input", "4x3x8x8"]) == 2
+    assert "got one that was planned before it was exported" in capsys.readouterr().err
     torch_prune.l1_unstructured(model[3], "weight", 0.5)
     torch_prune.l1_unstructured(model[0], "weight", 0.5)
     with warnings.catch_warnings(action="ignore"):  # the exporter about the pruned weights, which are no buffers
