@@ -1,4 +1,4 @@
-"""The command line: ``sparsekit info | ticket | transfer | report | plan | export | bench``."""
+"""The command line: ``sparsekit info | ticket | reproduce | stability | transfer | report | export | plan | bench``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ticket = commands.add_parser("ticket", help="search for a winning ticket")
     ticket.add_argument(
-        "--model", required=True, help="lenet-300-100, mlp:IN-…-OUT, conv2, conv4, conv6 or digits-conv"
+        "--model", required=True, help="lenet-300-100, mlp:IN-…-OUT, conv2, resnet20, vgg16, … (all are in the README)"
     )
     ticket.add_argument("--data", required=True, help="digits, mnist, fashion-mnist or cifar10")
     ticket.add_argument("--data-dir", type=Path, help="where the data files are (default: $SPARSEKIT_DATA)")
@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     ticket.add_argument(
         "--start", type=Path, metavar="FILE", help="first weights of a safetensors file: a network trained before"
     )
-    ticket.add_argument("--impl", default="auto", help="force one format: dense, compact or csr")
+    ticket.add_argument(
+        "--impl", default="auto", help="force one format: dense, compact, csr, bsr, … (default: what measures fastest)"
+    )
     ticket.add_argument("--seed", type=_seed, default=0)
     ticket.add_argument(
         "--seeds", type=int, default=1, help="replicates, each in OUT/seed_N; the verdict then has intervals"

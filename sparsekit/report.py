@@ -144,7 +144,7 @@ def ledger_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 str(row["round"]),
-                words.percent(row["density"]),
+                words.weights(row),
                 *(words.accuracy(value) for value in (row.get("test_accuracy"), *of_controls)),
                 words.number(row.get("early_stop_iteration"), ".0f"),
                 words.number(row.get("train_seconds"), ".1f"),

@@ -68,6 +68,12 @@ def percent(share: Any) -> str:
     return f"{value:.2f}" if value >= 0.995 else f"{value:.3g}"
 
 
+def weights(row: dict) -> str:
+    """A round's share of weights, with the pattern that it was refilled with."""
+    refill = row.get("refill")
+    return percent(row["density"]) + (f" as {refill.get('pattern')}" if isinstance(refill, dict) else "")
+
+
 def short(share: Any) -> str:
     return percent(share).removesuffix(".0").removesuffix(".00")
 

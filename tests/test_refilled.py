@@ -115,9 +115,13 @@ def test_bad_refills_are_refused_before_training(tmp_path):
         list(sk.tickets(wide(), 3, 0.4, run_dir=tmp_path / "run", refill="block:8x1", example_inputs=X[:20]))
 
 
-def test_from_the_command_line(tmp_path):
+def test_from_the_command_line(tmp_path, capsys):
     command = "ticket --model mlp:64-32-24-10 --data digits --rounds 1 --rate 0.6 --iterations 10 --refill 8x1 --out"
-    assert main([*command.split(), str(tmp_path / "run")]) == 0
+    assert main([*command.split(), str(tmp_path / "run"), "--control", "random"]) == 0
+    ledger, verdicts = capsys.readouterr().out.split("Training took")
+    assert ledger.count(" as block:8x1 ") == verdicts.count(" as block:8x1 ") == 1
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/report.md").read_text().count(" as block:8x1 |") == 1
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["config"]["refill"] == "block:8x1 after round 1"
     assert [row["round"] for row in summary["rounds"]] == [0, 1, 2] and summary["rounds"][2]["refill"]["kept"] > 0.2

@@ -88,7 +88,7 @@ def _markdown(studies: Mapping[str, dict], found: Mapping[str, tuple[Sequence[in
         else:
             head = ["weights %", "accuracy %"]
             rounds = found[name][1][0]["rounds"]
-            rows = [[words.percent(row["density"]), words.accuracy(row.get("test_accuracy"))] for row in rounds]
+            rows = [[words.weights(row), words.accuracy(row.get("test_accuracy"))] for row in rounds]
         lines += [_row(head), "|" + "--:|" * len(head), *map(_row, rows), ""]
     return "\n".join(lines)
 

@@ -13,6 +13,8 @@ from math import inf, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
+from .. import words
+
 __all__ = ["Difference", "Verdict", "judge", "study", "verdict_rows", "verdict_table"]
 
 _MATCHING = 0.002  # accuracy a matching ticket may lose
@@ -102,7 +104,8 @@ def study(summaries: Sequence[Mapping[str, Any]], classes: int = 10, confidence:
     """One row per round over the summaries of the same search with several seeds, JSON-ready but for infinities.
 
     ``{"round", "density", "dense", "ticket", "controls": {name: …}, "verdict": {…}}``; the values are mean
-    accuracies. Raises ValueError when the searches have other rounds or lack what :func:`judge` needs.
+    accuracies; a refilled round has ``"refill": {"pattern": …}`` too. Raises ValueError when the searches have other
+    rounds or lack what :func:`judge` needs.
     """
     rounds = [summary["rounds"] for summary in summaries]
     if not rounds or any([row["round"] for row in rows] != list(range(len(rounds[0]))) for rows in rounds):
@@ -116,6 +119,7 @@ def study(summaries: Sequence[Mapping[str, Any]], classes: int = 10, confidence:
         names = [name for name in ticket[0].get("controls") or {} if all(name in row["controls"] for row in ticket)]
         controls = {name: [row["controls"][name] for row in ticket] for name in names}
         empty = [layer["name"] for row in ticket for layer in row["layers"] if layer["density"] == 0]
+        refill = ticket[0].get("refill")
         verdict = judge(dense, ticket, controls, classes=classes, empty_layers=empty, confidence=confidence)
         found.append(
             {
@@ -126,6 +130,7 @@ def study(summaries: Sequence[Mapping[str, Any]], classes: int = 10, confidence:
                 "controls": {name: _mean(runs, "test_accuracy") for name, runs in controls.items()},
                 "verdict": asdict(verdict),
             }
+            | ({"refill": {"pattern": refill.get("pattern")}} if isinstance(refill, Mapping) else {})
         )
     return found
 
@@ -146,7 +151,7 @@ def verdict_rows(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         verdict, controls = row["verdict"], [row["controls"].get(name) for name in names]
         lines.append(
             [
-                f"{100 * row['density']:.1f}",
+                words.weights(row),
                 *(
                     f"{100 * value:.2f}" if value is not None else ""
                     for value in (row["dense"], row["ticket"], *controls)
