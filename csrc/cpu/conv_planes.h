@@ -60,10 +60,10 @@ struct Planes {
     s.stride_h = row_step(), s.stride_w = grid.lanes;
     return s;
   }
-  // Zeros above and below the rows [rows) of an image, where those are its first and last.
-  void close(int64_t group, int64_t channel, Span rows) const {
-    if (rows.begin == 0) std::fill(grid.at(group, channel, 0, 0), row(group, channel, 0), T(0));
-    if (rows.end == h) std::fill(row(group, channel, h - 1) + w * grid.lanes, grid.at(group, channel, 1, 0), T(0));
+  // Zeros before the first and after the last of some rows of a channel, beside those between rows.
+  int64_t before(Span rows) const { return rows.begin == 0 ? border * (grid.pitch + 1) * grid.lanes : 0; }
+  int64_t after(Span rows) const {
+    return rows.end == h ? (grid.plane - (border + h) * grid.pitch - border) * grid.lanes : 0;
   }
 };
 

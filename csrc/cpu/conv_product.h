@@ -179,14 +179,17 @@ struct Ending {
   // Ends sums in planes, or where they are.
   void finish(const Target<T>& target, T* tile, int64_t stride, Span channels,
               const typename Target<T>::Piece& piece) const {
-    const int64_t group = piece.first / target.lanes, a = piece.a.begin, step = piece.pitch * target.lanes;
-    for (int64_t c = channels.begin; c < channels.end; ++c) {
-      T* from = tile + (c - channels.begin) * stride;
-      if (planes != nullptr) planes->close(group, c, piece.a);
-      kernels<T>().finish({from, step, beside ? beside->row(group, c, a) : nullptr, beside ? beside->row_step : 0,
-                           planes ? planes->row(group, c, a) : from, planes ? planes->row_step() : step,
-                           piece.a.end - a, piece.width * target.lanes, planes ? planes->gap() : 0, activation});
+    using Steps = typename Finish<T>::Steps;
+    const int64_t group = piece.first / target.lanes, c = channels.begin, a = piece.a.begin;
+    const Steps own{stride, piece.pitch * target.lanes};
+    Finish<T> f{tile, own, nullptr, {}, tile, own, channels.end - c, piece.a.end - a, piece.width * target.lanes, 0, 0,
+                0, activation};
+    if (beside != nullptr) f.add = beside->row(group, c, a), f.add_step = {beside->channel_step, beside->row_step};
+    if (planes != nullptr) {
+      f.to = planes->row(group, c, a), f.to_step = {planes->grid.channel_size(), planes->row_step()};
+      f.gap = planes->gap(), f.before = planes->before(piece.a), f.after = planes->after(piece.a);
     }
+    kernels<T>().finish(f);
   }
 };
 

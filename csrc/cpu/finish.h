@@ -5,30 +5,50 @@
 namespace sparsekit {
 namespace {
 
+template <class T>
+SK_INLINE void zeros(T* to, int64_t count) {
+  using S = Simd<T>;
+  int64_t i = 0;
+  for (; i + S::width <= count; i += S::width) S::store(to + i, typename S::V{});
+  if (i < count) store_part<T, Native<T>>(to + i, typename S::V{}, int(count - i));
+}
+
 template <class T, bool Add, bool Relu>
-SK_INLINE void finish_rows(const Finish<T>& f) {
+SK_INLINE void finish_row(const T* from, const T* add, T* to, const Finish<T>& f) {
   using S = Simd<T>;
   using V = typename S::V;
   const auto ended = [](V v) __attribute__((always_inline)) {
     if constexpr (Relu) return v < 0 ? V{} : v;
     else return v;
   };
-  for (int64_t r = 0; r < f.rows; ++r) {
-    const T *from = f.from + r * f.from_step, *add = Add ? f.add + r * f.add_step : nullptr;
-    T* to = f.to + r * f.to_step;
-    int64_t i = 0;
-    for (; i + S::width <= f.count; i += S::width) {
-      V v = S::load(from + i);
-      if constexpr (Add) v += S::load(add + i);
-      S::store(to + i, ended(v));
-    }
-    if (const int rest = int(f.count - i); rest > 0) {
-      V v = load_part<T, Native<T>>(from + i, rest);
-      if constexpr (Add) v += load_part<T, Native<T>>(add + i, rest);
-      store_part<T, Native<T>>(to + i, ended(v), rest);
-    }
-    if constexpr (!Relu) activate<T>(to, f.count, f.activation);
-    for (i = 0; i < f.gap; ++i) to[f.count + i] = T(0);
+  int64_t i = 0;
+  for (; i + S::width <= f.count; i += S::width) {
+    V v = S::load(from + i);
+    if constexpr (Add) v += S::load(add + i);
+    S::store(to + i, ended(v));
+  }
+  int64_t gap = f.gap;
+  if (const int rest = int(f.count - i); rest > 0) {
+    V v = load_part<T, Native<T>>(from + i, rest);  // and zeros, which may be part of the gap
+    if constexpr (Add) v += load_part<T, Native<T>>(add + i, rest);
+    const int64_t more = gap < S::width - rest ? gap : S::width - rest;
+    store_part<T, Native<T>>(to + i, ended(v), int(rest + more));
+    gap -= more;
+  }
+  if constexpr (!Relu) activate<T>(to, f.count, f.activation);
+  if (gap > 0) zeros<T>(to + f.count + f.gap - gap, gap);
+}
+
+template <class T, bool Add, bool Relu>
+SK_INLINE void finish_rows(const Finish<T>& f) {
+  for (int64_t c = 0; c < f.channels; ++c) {
+    const T *from = f.from + c * f.from_step.channel, *add = Add ? f.add + c * f.add_step.channel : nullptr;
+    T* to = f.to + c * f.to_step.channel;
+    zeros<T>(to - f.before, f.before);
+    for (int64_t r = 0; r < f.rows; ++r)
+      finish_row<T, Add, Relu>(from + r * f.from_step.row, Add ? add + r * f.add_step.row : nullptr,
+                               to + r * f.to_step.row, f);
+    zeros<T>(to + (f.rows - 1) * f.to_step.row + f.count + f.gap, f.after);
   }
 }
 

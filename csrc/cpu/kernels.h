@@ -169,17 +169,20 @@ struct LanesProduct {
 
 enum Activation { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
 
-// `rows` rows of `count` elements: to = activation(from + add), and `gap` zeros after each row of `to`.
-// `to` may be `from`, with the same step and no gap.
+// Of each channel, `rows` rows of `count` elements: to = activation(from + add), then `gap` zeros after each row of
+// `to`, and `before` and `after` zeros around all. `to` may be `from`, with the same steps and no zeros.
 template <class T>
 struct Finish {
+  struct Steps {
+    int64_t channel, row;
+  };
   const T* from;
-  int64_t from_step;
+  Steps from_step;
   const T* add;  // or null
-  int64_t add_step;
+  Steps add_step;
   T* to;
-  int64_t to_step;
-  int64_t rows, count, gap;
+  Steps to_step;
+  int64_t channels, rows, count, gap, before, after;
   Activation activation;
 };
 

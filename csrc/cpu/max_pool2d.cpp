@@ -77,12 +77,13 @@ Tensor max_pool2d_planes(Tensor x, Ints x_size, Ints kernel_size, Ints stride, I
       const Span own = cut(planes, parts, part);
       for (int64_t plane = own.begin; plane < own.end; ++plane) {
         const int64_t group = plane / channels, channel = plane % channels;
-        y.close(group, channel, {0, c.oh});
+        const Span all{0, c.oh};
+        std::fill_n(y.row(group, channel, 0) - y.before(all), y.before(all), T(0));
         for (int64_t a = 0; a < c.oh; ++a) {
           const int64_t top = std::max<int64_t>(0, a * c.sh - c.ph), bottom = std::min(c.h, a * c.sh - c.ph + c.kh);
           T* to = y.row(group, channel, a);
           pool({in.row(group, channel, top), in.row_step(), bottom - top, c.w, c.kw, c.sw, c.pw, line, to, c.ow});
-          if (a + 1 < c.oh) std::fill_n(to + c.ow * lanes, y.gap(), T(0));
+          std::fill_n(to + c.ow * lanes, y.gap() + (a + 1 < c.oh ? 0 : y.after(all)), T(0));
         }
       }
     });

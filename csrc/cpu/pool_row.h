@@ -119,6 +119,15 @@ template <class T>
 void pool_lines(const Pool<T>& p) {
   using S = Simd<T>;
   constexpr int64_t L = kLanes<T>;
+  if (p.window == 2 && p.rows == 2 && p.pad == 0) {
+    for (int64_t j = 0; j < p.count; ++j) {
+      const T *top = p.from + j * p.step * L, *bottom = top + p.row_stride;
+      SK_UNROLL for (int i = 0; i < L; i += S::width)
+        S::store(p.to + j * L + i, larger(larger(S::load(top + i), S::load(top + L + i)),
+                                          larger(S::load(bottom + i), S::load(bottom + L + i))));
+    }
+    return;
+  }
   for (int64_t j = 0; j < p.count; ++j) {
     const int64_t first = j * p.step - p.pad, begin = first < 0 ? 0 : first;
     const int64_t end = first + p.window < p.width ? first + p.window : p.width;
