@@ -65,10 +65,10 @@ def convolve(layer, x: Tensor, skip: Tensor | None, activation: str) -> Tensor:
     """
     own, conv = layer._parameters, layer._conv
     values = own.get("values")
-    if layer.format is not _CSR or layer._outer is not None or values is None or not _plain(x, values):
+    if layer.format is not _CSR or layer._outer is not None or values is None or not (_serves() and _like(values, x)):
         return NotImplemented
     n, channels, h, w = x.shape
-    if channels != layer.in_channels or (skip is not None and not _plain(skip, values)):
+    if channels != layer.in_channels or (skip is not None and not _like(values, skip)):
         return NotImplemented
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = layer.shape[2:], conv.stride, conv.padding, conv.dilation
     oh, ow = (h + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (w + 2 * pw - dw * (kw - 1) - 1) // sw + 1
@@ -92,7 +92,7 @@ def convolve(layer, x: Tensor, skip: Tensor | None, activation: str) -> Tensor:
 
 def pool(x: Planes, window: list[list[int]], border: int) -> Planes | None:
     """The largest of every window (kernel, stride, padding) of planes, as planes; None where images are due."""
-    if not _plain(x, x) or x.held is None:
+    if x.held is None or not _serves():
         return None
     n, h, w, _ = x.size4
     oh, ow = ((size + 2 * p - k) // s + 1 for size, k, s, p in zip((h, w), *window, strict=True))
@@ -101,14 +101,20 @@ def pool(x: Planes, window: list[list[int]], border: int) -> Planes | None:
     return Planes(_max_pool2d(x.held, x.size4, *window, border), [n, oh, ow, border])
 
 
-def _plain(x: Tensor, values: Tensor) -> bool:
-    """Whether nothing asks for a graph, another dtype or memory format."""
-    if type(x) is not Planes and (type(x) is not Tensor or x.dim() != 4 or not x.is_contiguous()):
+def _serves() -> bool:
+    """Whether nothing asks for a graph or another dtype."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+    return not (torch.jit.is_tracing() or transformed())
+
+
+def _like(values: Tensor, x: Tensor) -> bool:
+    """Whether x is planes, or images that lie as planes are filled from, of the dtype of values."""
+    if type(x) is Planes:
+        return x.dtype is values.dtype
+    if type(x) is not Tensor or x.dtype is not values.dtype or x.dtype not in _DTYPES:
         return False
-    same = x.is_cpu and x.dtype is values.dtype and x.dtype in _DTYPES
-    return same and values.is_cpu and not torch.is_autocast_enabled("cpu")
+    return x.dim() == 4 and x.is_cpu and values.is_cpu and x.is_contiguous()
 
 
 def _held(x: Tensor) -> tuple[Tensor, list[int]]:
