@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -31,16 +31,17 @@ _HOPELESS = 3.0
 
 
 def measure(
-    thunks: Mapping[str, Callable[[], object]], seconds: float = 0.02, hopeless: float = math.inf
-) -> dict[str, float]:
-    """Median microseconds of each thunk, warmed and interleaved so that drift hits all alike.
+    thunks: Mapping[str, Callable[[], object]], seconds: float = 0.02, hopeless: float = math.inf,
+    of: Callable[[Iterable[float]], float] = statistics.median,
+) -> dict[str, float]:  # fmt: skip
+    """Microseconds of each thunk, warmed and interleaved so that drift hits all alike: the median, or ``of`` of all.
 
     ``seconds`` is the time to spend on each; at least five rounds are run, three where a call takes 20 ms.
     A thunk of 1 ms or more that is ``hopeless`` times slower than the fastest when first called is called no more.
     """
     with tuning.on():
         samples = race(thunks, seconds, hopeless=hopeless)
-    return {name: statistics.median(sample.us for sample in found) for name, found in samples.items()}
+    return {name: of(sample.us for sample in found) for name, found in samples.items()}
 
 
 def choose(thunks: Mapping[str, Callable[[], object]], key: str | None = None) -> tuple[str, dict[str, float]]:

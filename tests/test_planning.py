@@ -13,6 +13,7 @@ from torch.nn.utils import prune as torch_prune
 import sparsekit as sk
 from sparsekit import plan, roofline
 from sparsekit.__main__ import main
+from sparsekit.clock import Sample
 from sparsekit.nn import SparseModule
 
 planning = sys.modules["sparsekit.nn.planning"]
@@ -119,6 +120,16 @@ def test_the_device_is_probed_once(dtype):
     product = roofline.Product(64, 1 << 20, 1 << 16, 1 << 16, 1, False, torch.device("cpu"), dtype)
     times = roofline.predict(product, {"dense": 1 << 20, "csr": 1 << 14})
     assert times["csr"] < times["dense"]
+
+
+def test_a_busy_machine_makes_no_format_look_hopeless(monkeypatch):
+    def interrupted(thunks, seconds, hopeless):
+        return {name: [Sample(us, us) for us in (10.0, 4010.0, 4010.0)] for name in thunks}
+
+    monkeypatch.setattr(plan, "race", interrupted)
+    rates = roofline._probe(torch.device("cpu"), torch.float32)
+    assert rates["call us"] == 10 and rates["bytes"] == 2 * (1 << 24) / 10
+    assert plan.measure({"a": list, "b": list}) == {"a": 4010, "b": 4010}  # what is compared are medians
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block:16x16", "block:8x1", "2:4", "channel"])
