@@ -33,6 +33,7 @@ CASES = {
     "pointwise, 4 KB apart": (1, (64, 96, 1, 1), (32, 32), {}),
     "pointwise, strided": (2, (64, 96, 1, 1), (35, 30), dict(stride=2)),
     "7x7": (3, (57, 16, 7, 7), (23, 22), dict(stride=2, padding=3)),
+    "many samples, taps far apart": (16, (40, 31, 3, 3), (20, 33), dict(padding=2, dilation=8)),
     "one output": (4, (1, 64, 3, 3), (20, 20), dict(padding=1)),
 }
 
@@ -74,6 +75,19 @@ def test_gradients_against_the_dense_oracle(case):
         check(got[0], dx)
         check(got[1], dw[mask])
         check(gradient(dy, x, weight, mask, index, **how, needs=(True, False, False))[0], dx)
+
+
+def test_code_in_huge_pages():
+    shape = (512, 512, 3, 3)
+    x, dy = randn(16, 512, 6, 6), randn(16, 512, 4, 4, seed=2)
+    for density in (0.08, 0.15):  # one whole page and a rest in small ones; two
+        weight, mask, index = make(shape, density)
+        y = conv(x, weight, mask, index)
+        check(y, F.conv2d(x.double(), weight.double()))
+        assert not torch.equal(y, conv(x, weight, mask, index, key=None))  # code ran, in another order of additions
+        exact = x.double().requires_grad_()
+        (dx,) = torch.autograd.grad(F.conv2d(exact, weight.double()), exact, dy.double())
+        check(gradient(dy, x, weight, mask, index, needs=(True, False, False))[0], dx)
 
 
 def test_input_gradients_run_on_code_for_any_number_of_threads():

@@ -12,25 +12,25 @@ namespace {
 
 #if defined(SPARSEKIT_X86) && defined(__linux__)
 constexpr const char* kPlatform = nullptr;
-// Code larger than the caches is fetched about a sixth faster from pages of 2 MB, which it gets where they would waste
-// little (and where the system has them).
-constexpr size_t kHugePage = size_t(2) << 20;
+// Code larger than the caches is fetched up to a tenth faster from pages of 2 MB, where the system has them: it gets as
+// many as it fills, and one for what is left if that wastes little.
+constexpr size_t kPage = 4096, kHugePage = size_t(2) << 20;
 size_t mapped(size_t size) {
   const size_t whole = (size + kHugePage - 1) / kHugePage * kHugePage;
-  return whole - size <= whole / 4 ? whole : size;
+  return whole - size <= whole / 4 ? whole : (size + kPage - 1) / kPage * kPage;
 }
 
 void* executable(const void* code, size_t size) {
-  const size_t wanted = mapped(size), slack = wanted == size ? 0 : kHugePage;
+  const size_t wanted = mapped(size), huge = wanted / kHugePage * kHugePage, slack = huge > 0 ? kHugePage : 0;
   void* all = mmap(nullptr, wanted + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (all == MAP_FAILED) return nullptr;
   char* pages = static_cast<char*>(all);
-  if (slack > 0) {  // the whole huge pages within
+  if (huge > 0) {  // begins at one
     const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(all) % kHugePage) % kHugePage;
     pages += before;
     if (before > 0) munmap(all, before);
     munmap(pages + wanted, slack - before);
-    madvise(pages, wanted, MADV_HUGEPAGE);
+    madvise(pages, huge, MADV_HUGEPAGE);
   }
   std::memcpy(pages, code, size);
   if (mprotect(pages, wanted, PROT_READ | PROT_EXEC) == 0) return pages;
