@@ -69,18 +69,22 @@ def losses(results: dict, threads: int) -> str:
 
 
 def models(results: dict) -> str:
-    """Markdown: whole networks at 90 %, in the rows' natural order and regrouped."""
+    """Markdown: whole networks at 90 %, by which weights went, with the share of the multiply-adds that stayed."""
     rows = {row["name"]: row for row in results["rows"] if row["density"] == 0.1}
-    lines = ["| whole network at 90 %, forward / training step | as pruned | regrouped |", "|---|---|---|"]
+    lines = ["| whole network at 90 %, forward / training step | every layer by 90 % | ranked together | regrouped |"]
+    lines.append("|---|---|---|---|")
     for key, label in NETWORKS:
         cells = []
-        for order in ("", "-regrouped"):
-            pair = [rows.get(f"{key}{order}-d0.1-{work}") for work in ("forward", "step")]
-            cells.append(" / ".join("–" if row is None else f"{row['ratio']:.1f}" for row in pair))
+        for masks in ("-uniform", "", "-regrouped"):
+            pair = [rows.get(f"{key}{masks}-d0.1-{work}") for work in ("forward", "step")]
+            text = " / ".join("–" if row is None else f"{row['ratio']:.1f}" for row in pair)
+            share = re.search(r"([0-9.]+) of the multiply-adds", "" if pair[0] is None else pair[0]["notes"]["density"])
+            cells.append(f"{text} ({float(share[1]):.0%} of the work)" if share and masks != "-regrouped" else text)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.append(
-        "\nOne thread, initial weights, pruned by magnitude over the whole network, against its best dense form, "
-        f"commit {results['environment']['commit']}."
+        "\nOne thread, initial weights pruned by magnitude, against their best dense form; in brackets the share of "
+        "the multiply-adds that is left. Ranked together, the first layers of a fresh network keep most of their "
+        f"weights, and do most of the work. Commit {results['environment']['commit']}."
     )
     return "\n".join(lines)
 
