@@ -97,7 +97,7 @@ asan: $(READY)
 	cd build/asan && ln -sfn ../kernels sparsekit/kernels && \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$PWD $(abspath $(RUN)) -m pytest -q tests/test_csr_ops.py tests/test_bsr_native.py \
-	  tests/test_bsr_conv_native.py tests/test_lanes.py tests/test_jit.py tests/test_conv_code.py tests/test_max_pool.py tests/test_random_kernels.py -k "not isa and not instruction_set" -p no:cacheprovider
+	  tests/test_bsr_conv_native.py tests/test_lanes.py tests/test_jit.py tests/test_conv_code.py tests/test_planes.py tests/test_max_pool.py tests/test_random_kernels.py -k "not isa and not instruction_set" -p no:cacheprovider
 
 tsan: $(READY)
 	rm -rf build/tsan && mkdir -p build/tsan && cp -r sparsekit kernels csrc tests setup.py pyproject.toml build/tsan/

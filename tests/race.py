@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-TESTS = ["test_csr_ops.py", "test_bsr_native.py", "test_bsr_conv_native.py", "test_jit.py"]
+TESTS = ["test_csr_ops.py", "test_bsr_native.py", "test_bsr_conv_native.py", "test_jit.py", "test_planes.py"]
 CHOSEN = "number_of_threads or cut_into_pieces or leak_between_calls"
 FOUND = 66  # the exit code of a process in which ThreadSanitizer found something
 

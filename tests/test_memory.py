@@ -7,7 +7,7 @@ import pytest
 
 import sparsekit as sk
 
-# 24 MB three times over: what is freed at the top of the heap is more than glibc keeps by itself.
+# 40 MB twice: blocks so large glibc always fetches anew by itself.
 _STEPS = """
 import resource, sys
 import torch
@@ -15,9 +15,9 @@ import sparsekit as sk
 if sys.argv[1] == "keep":
     assert sk.keep_memory()
 def step():
-    kept = [torch.ones(6 << 20) for _ in range(3)]
+    kept = [torch.ones(10 << 20) for _ in range(2)]
     return float(kept[0][0])
-for _ in range(3):
+for _ in range(8):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
@@ -34,7 +34,7 @@ def _faults(how: str) -> int:
 def test_kept_memory_is_not_fetched_again():
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("needs glibc")
-    assert _faults("keep") < 100 < 2000 < _faults("default")
+    assert 10 * _faults("keep") < _faults("default")
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

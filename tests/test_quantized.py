@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit import _native, autograd
-from sparsekit.nn import QuantizedLinear
+from sparsekit.nn import QuantizedLinear, chain
 from sparsekit.nn import quantized as module
 
 pytestmark = pytest.mark.skipif(_native.lacks_cpu() is not None, reason="the native library is not built")
@@ -68,6 +68,28 @@ def test_activations_stay_fused_and_rows_without_survivors_give_the_bias():
     with torch.no_grad():
         assert torch.equal(small[0](x)[:, [0, 5]], model[0].bias[[0, 5]].relu().expand(2, 2))
         check(small(x), sk.to_dense(small).double()(x.double()))
+
+
+def test_chains_are_taken_apart(monkeypatch):
+    monkeypatch.setattr(chain, "measure", lambda thunks: {"apart": 2.0, "chain": 1.0})
+    model, x = sparse(), randn(3, 200)
+    fused = sk.fuse(model)
+    assert type(fused[0]) in chain.LINKED and type(fused[2]) in chain.LINKED
+    small = sk.quantize(fused)
+    assert isinstance(small[0], QuantizedLinear) and isinstance(small[2], QuantizedLinear)
+    check(small(x), sk.to_dense(small).double()(x.double()))
+    assert type(fused[0]) in chain.LINKED  # only the copy was
+    check(fused(x), sk.to_dense(model).double()(x.double()))
+
+
+def test_what_stays_of_a_chain_computes_itself(monkeypatch):
+    monkeypatch.setattr(chain, "measure", lambda thunks: {"apart": 2.0, "chain": 1.0})
+    monkeypatch.setattr(module, "measure", lambda thunks: {name: 1.0 + i for i, name in enumerate(thunks)})
+    model, x = sparse(), randn(3, 200)
+    kept = sk.quantize(sk.fuse(model), inplace=True)
+    assert [type(layer) for layer in (kept[0], kept[2])] == [sk.SparseLinear] * 2
+    assert "in one call" not in str(sk.explain(kept))
+    check(kept(x), sk.to_dense(model).double()(x.double()))
 
 
 def test_it_is_smaller_and_explained():

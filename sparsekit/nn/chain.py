@@ -21,7 +21,7 @@ from .linear import SparseLinear
 from .operations import hooked
 from .planning import thunk
 
-__all__ = ["Done", "link"]
+__all__ = ["LINKED", "Done", "link", "unlink"]
 
 _CSR = formats.get("csr")
 _csr_chain, _csr_linear = torch.ops.sparsekit.csr_chain.default, torch.ops.sparsekit.csr_linear.default
@@ -127,6 +127,20 @@ class Done(SparseLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         return self._traced(input) if isinstance(input, Proxy) else input
+
+
+LINKED = (_Head, Done)
+
+
+def unlink(model: nn.Module) -> None:
+    """Let the layers of every chain in ``model`` compute themselves again."""
+    for head in [module for module in model.modules() if type(module) is _Head]:
+        layers = head.__dict__.pop("chain")
+        head.__dict__.pop("exact", None)
+        for layer in layers:
+            layer.__class__ = SparseLinear
+        if head.plan is not None:
+            head.plan = replace(head.plan, note="")
 
 
 def link(model: nn.Module, pairs: Iterable[tuple[nn.Module, str]], dense: bool) -> None:

@@ -193,4 +193,3 @@ def _traced(model: nn.Module) -> Iterator[tuple[SparseModule, str]]:
         alone = reader.op == "call_module" and calls[reader.target] == 1 and reader.args[:1] != ()
         if type(layer) in (SparseLinear, *_CONVOLUTIONS) and alone:
             yield layer, reader.target
-

@@ -18,6 +18,7 @@ from ..kernels.lanes import FORMAT
 from ..kernels.lanes.reference import dequantized
 from ..plan import NOISE, measure
 from ..prune import check_model
+from .chain import LINKED, unlink
 from .linear import SparseLinear
 from .operations import hooked
 
@@ -169,6 +170,7 @@ def quantize(model: nn.Module, dtype: str = "int8", inplace: bool = False) -> nn
         raise ValueError("Expected a converted model with a sparse linear layer on the CPU, got none")
     if not inplace:
         model = copy.deepcopy(model)
+    unlink(model)
     for path, module in list(model.named_modules()):
         if _fits(module):
             found = _settle(module, dtype, path)
@@ -180,7 +182,7 @@ def quantize(model: nn.Module, dtype: str = "int8", inplace: bool = False) -> nn
 
 
 def _fits(module: nn.Module) -> bool:
-    plain = type(module) is SparseLinear and not hooked(module) and module.joint == "."
+    plain = type(module) in (SparseLinear, *LINKED) and not hooked(module) and module.joint == "."
     return plain and module.values.is_cpu and module.values.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
