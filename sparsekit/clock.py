@@ -16,7 +16,7 @@ __all__ = ["Events", "Sample", "Wall", "graphed", "race", "rotating"]
 
 Thunk = Callable[[], object]
 _ROUND_US = 200.0  # of a cheap thunk's turn: above the timer's noise
-_SLOW_US = 5000.0  # calls to which warm caches are nothing
+_SLOW_US = 1e5  # where the fastest takes so long, warm caches are little to it: they hold what tens of ms read
 
 
 class Sample(NamedTuple):
@@ -106,8 +106,9 @@ def race(
         device.settle()
         samples[name] = wall.round([(thunk, 1)])
     first = {name: max(found[0].us, 0.1) for name, found in samples.items()}
-    racing = [name for name, once in first.items() if once <= max(hopeless * min(first.values()), 1e3)]
-    repeats = {n: max(2 if us < _SLOW_US else 1, min(50, int(_ROUND_US / us))) for n, us in first.items()}
+    racing = [name for name, us in first.items() if us <= max(hopeless * min(first.values()), 1e3)]
+    once = 2 if min(first.values()) < _SLOW_US else 1
+    repeats = {name: max(once, min(50, int(_ROUND_US / us))) for name, us in first.items()}
     if max(first[name] for name in racing) >= slow * 1e6:
         least //= 2  # and the first call counts
     else:

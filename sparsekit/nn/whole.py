@@ -24,7 +24,7 @@ from .planning import Budget, autocast, fall
 
 __all__ = ["call", "check", "compare"]
 
-_CALLS, _FEW = 10, 4  # of either model, that a comparison takes; the few where one lasts 20 ms
+_CALLS, _FEW = 17, 8  # of either model, that a comparison takes; the few where one lasts 20 ms
 _PASSES = 3
 _SECONDS = 0.1  # of either model where one is small: a decision within 1 % or so
 
