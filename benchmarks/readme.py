@@ -1,10 +1,11 @@
 """The README's tables, text and figures, from result files only.
 
     python benchmarks/readme.py RESULT.json --threads 2 --models MODELS.json --tickets LENET-T2.json LENET-T1.json
+        --real REAL.json …
 
 RESULT.json is what ``sparsekit bench hero --threads 2 --json RESULT.json`` wrote. Rewrites the parts of README.md
-between the markers ``table``, ``losses``, ``models`` and ``lenet`` where they are, and crossover.svg and lenet.png in
-benchmarks/results.
+between the markers ``table``, ``losses``, ``models``, ``real`` and ``lenet`` where they are, and crossover.svg and
+lenet.png in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -89,6 +90,27 @@ def models(results: dict) -> str:
     return "\n".join(lines)
 
 
+def real(runs: list[dict]) -> str:
+    """Markdown: tickets that searches found, against dense torch."""
+    names = {"lenet-300-100": "LeNet-300-100", "vgg16": "VGG-16", "resnet18": "ResNet-18 at 32²"}
+    lines = ["| ticket of a search | weights left | work left | inference | fused | step | step, of masked dense |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for run in runs:
+        row, ranked = run["rows"]["ticket"], {"layer": "every layer ranked alone", "global": "ranked together"}
+        label = names[run["model"]]
+        lines.append(
+            f"| {label}, batch {run['batch']}, {ranked[run['scope']]} | {run['density']:.1%} | "
+            f"{run['flop_density']:.1%} | {row['forward']:.1f} | {row['fused_forward']:.1f} | "
+            f"{row['step']:.1f} | {row['masked_step']:.1f} |"
+        )
+    commit = runs[0]["environment"]["commit"]
+    lines.append(
+        "\nOne thread, times dense torch's (the better layout); masked dense multiplies weight and mask in every step. "
+        f"`benchmarks/real_tickets.py`, commit {commit}: of short searches, whose masks are real and accuracy low."
+    )
+    return "\n".join(lines)
+
+
 def lenet(runs: list[dict]) -> str:
     """One paragraph on the search of LeNet-300-100 on MNIST."""
     first = runs[0]
@@ -148,12 +170,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", type=Path, help="results of sparsekit bench models")
     parser.add_argument("--tickets", type=Path, nargs="+", default=[], help="results of sparsekit bench tickets")
+    parser.add_argument("--real", type=Path, nargs="+", default=[], help="results of benchmarks/real_tickets.py")
     args = parser.parse_args()
     results = read(args.results)
     parts = {"table": table(results, args.threads), "losses": losses(results, args.threads)}
     runs = [json.loads(path.read_text()) for path in args.tickets]
     if args.models:
         parts["models"] = models(read(args.models))
+    if args.real:
+        parts["real"] = real([json.loads(path.read_text()) for path in args.real])
     if runs:
         parts["lenet"] = lenet(runs)
         figure(runs[0], ROOT / "benchmarks/results/lenet.png")

@@ -16,8 +16,8 @@ def keep_memory() -> bool:
     """Tell the C library to keep freed memory for the next allocation; whether it will.
 
     Activations and gradients of images are freed and allocated anew in every step. By default glibc gives blocks of
-    tens of MB back to the system, which hands them out again page by page, each cleared first: a third of the time of
-    a training step, of dense layers as of sparse ones. Afterwards this process holds on to its peak (blocks below
+    tens of MB back to the system, which hands them out again page by page, each cleared first: a tenth to a third of
+    the time of a sparse training step. Afterwards this process holds on to its peak (blocks below
     1 GiB; free memory beyond 2 GiB still goes back). Call it once, before training; the command line does. It concerns
     all of the process, so importing sparsekit does not. False, and nothing is changed, without glibc.
     """
