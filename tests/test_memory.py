@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import sparsekit as sk
+from sparsekit import __main__
 
 # 40 MB twice: blocks so large glibc always fetches anew by itself.
 _STEPS = """
@@ -41,3 +42,11 @@ def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("musl", "1.2"))
     monkeypatch.setattr(ctypes, "CDLL", None)  # calling it would be a TypeError
     assert sk.keep_memory() is False
+
+
+@pytest.mark.parametrize(("command", "times"), [(["reproduce"], 1), (["bench", "ops", "--list"], 1), (["info"], 0)])
+def test_commands_that_train_or_time_ask_for_it(monkeypatch, capsys, command, times):
+    asked = []
+    monkeypatch.setattr(__main__, "keep_memory", lambda: asked.append(True))
+    assert __main__.main(command) == 0 and len(asked) == times
+    assert capsys.readouterr().out

@@ -203,6 +203,7 @@ def test_layers_that_lose_in_the_whole_model_are_dense_again(monkeypatch, culpri
     told = found.to_dict()["totals"]["fallen"]  # in the order in which they fell
     assert sorted(told) == fallen and f"sparse: {', '.join(told)}" in str(found)
     assert "the whole model took 1.50x the time of dense with it" in found.layers[1].rejected["csr"]
+    assert found.to_dict()["totals"]["us"] == (100.0 if len(fallen) == 3 else 50.0)  # all dense: noise is no gain
     want = sk.to_dense(fast)(x)
     assert torch.allclose(fast(x), want, atol=1e-5)
     assert all(torch.equal(mask, masks[name]) for name, mask in sk.masks_of(fast).items())
